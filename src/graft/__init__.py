@@ -1,0 +1,1 @@
+"""A config-first workbench for language-model architecture research."""

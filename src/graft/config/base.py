@@ -1,0 +1,149 @@
+"""The base of every configuration object: frozen, strict, and able to report all of its problems at once.
+
+No torch here: a config is checked, merged, hashed and documented without importing it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+PROBLEMS_ERROR = "graft_problems"
+"""pydantic error type whose ``ctx['problems']`` lists `Problem`s, each with a path relative to the error's ``loc``."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One cross-field problem.
+
+    Args:
+        path: location relative to the config that reports it, e.g. ``("min_lr_ratio",)``.
+        message: what is wrong, with the values involved.
+        fix: what to do, or None.
+    """
+
+    path: tuple[str | int, ...]
+    message: str
+    fix: str | None = None
+
+
+def knob(
+    default: Any = ...,
+    doc: str = "",
+    *,
+    only_if: Mapping[str, Any] | None = None,
+    factory: Any = None,
+    **constraints: Any,
+) -> Any:
+    """A documented config field.
+
+    Args:
+        default: the default value; ``...`` makes the field required.
+        doc: one line with unit, range and the reason of the default (shown by ``graft parts`` and in the JSON Schema).
+        only_if: conditions ``{other_field: value}`` under which the field acts. A value may be a tuple of allowed
+            values, or the sentinel `SET` (the other field is neither None nor False). Setting the field to anything
+            but its default while a condition fails is an error: a knob that does nothing is never silent.
+        factory: builds a mutable or computed default instead of ``default``.
+        constraints: pydantic constraints (``gt``, ``ge``, ``lt``, ``le``, ``min_length``, …).
+    """
+    extra = {"only_if": {k: str(v) for k, v in only_if.items()}} if only_if else None
+    kwargs: dict[str, Any] = {"description": doc, "json_schema_extra": extra, **constraints}
+    info = Field(default_factory=factory, **kwargs) if factory is not None else Field(default, **kwargs)
+    if only_if:
+        info.metadata.append(OnlyIf(dict(only_if)))
+    return info
+
+
+class _Set:
+    def __repr__(self) -> str:
+        return "set"
+
+
+SET = _Set()
+"""Condition of ``knob(only_if=…)``: the other field is neither None nor False."""
+
+
+@dataclass(frozen=True)
+class OnlyIf:
+    """Conditions under which a field acts; see `knob`."""
+
+    conditions: dict[str, Any]
+
+    def unmet(self, config: BaseModel) -> str | None:
+        """The first condition that fails, in words, or None."""
+        for name, wanted in self.conditions.items():
+            actual = getattr(config, name)
+            if wanted is SET:
+                if actual is None or actual is False:
+                    return f"{name} is set (it is {actual!r})"
+                continue
+            allowed = cast(tuple[Any, ...], wanted if isinstance(wanted, tuple) else (wanted,))
+            if actual not in allowed:
+                return f"{name} is {' or '.join(repr(a) for a in allowed)} (it is {actual!r})"
+        return None
+
+
+def freeze(value: Any) -> Any:
+    """Plain data with every list turned into a tuple (strict mode accepts no list for a tuple field)."""
+    if isinstance(value, list | tuple):
+        return tuple(freeze(v) for v in cast(Sequence[Any], value))
+    if isinstance(value, dict):
+        return {k: freeze(v) for k, v in cast(dict[Any, Any], value).items()}
+    return value
+
+
+class Config(BaseModel):
+    """Frozen, strict, closed configuration object. Subclasses add fields with `knob` and physics with `problems`."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        defer_build=True,
+        protected_namespaces=(),
+        use_attribute_docstrings=False,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _freeze_lists(cls, data: Any) -> Any:
+        return freeze(data)
+
+    @model_validator(mode="after")
+    def _report_problems(self) -> Self:
+        found = [*self._dead_knobs(), *self.problems()]
+        if found:
+            text = "; ".join(p.message for p in found)
+            raise PydanticCustomError(PROBLEMS_ERROR, "{text}", {"text": text, "problems": found})
+        return self
+
+    def problems(self) -> Iterator[Problem]:
+        """Cross-field physics owned by this config: yields every `Problem`. Override; the default yields none."""
+        yield from ()
+
+    def _dead_knobs(self) -> Iterator[Problem]:
+        for name in sorted(self.model_fields_set):
+            info: FieldInfo = type(self).model_fields[name]
+            for rule in (m for m in info.metadata if isinstance(m, OnlyIf)):
+                unmet = rule.unmet(self)
+                if unmet and getattr(self, name) != info.get_default(call_default_factory=True):
+                    yield Problem(
+                        (name,),
+                        f"{name} does nothing here: it acts only if {unmet}",
+                        fix=f"remove {name}, or change what it depends on",
+                    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (lists, dicts, scalars) with every default written out; `type(self)` decodes it back."""
+        return self.model_dump(mode="json")
+
+    def replace(self, **changes: Any) -> Self:
+        """A validated copy with some fields changed. Raises pydantic's ValidationError when the result is not valid."""
+        data = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self).model_validate({**data, **changes})

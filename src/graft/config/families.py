@@ -1,0 +1,134 @@
+"""Base config of every family. Subclassing one with a ``type`` tag registers a variant."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from graft.config.base import Config, knob
+from graft.config.registry import Family, register, resolve
+
+
+class VariantConfig(Config):
+    """A config chosen by its ``type`` tag. A family's base sets ``family``, a variant sets ``implementation``."""
+
+    family: ClassVar[str] = ""
+    implementation: ClassVar[str] = ""
+    """``package.module:Class`` of what `build` makes; imported only then, so configs stay free of torch."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        tag = cls.model_fields.get("type")
+        if tag is not None and cls.family:
+            (name,) = get_args(tag.annotation)
+            register(cls.family, name, cls)
+
+    def build(self, *args: Any, **kwargs: Any) -> Any:
+        """Imports ``implementation`` and calls it with this config first."""
+        return resolve(self.implementation)(self, *args, **kwargs)
+
+
+class NormConfig(VariantConfig):
+    """A normalisation over the last axis."""
+
+    family = "norm"
+
+
+class PositionConfig(VariantConfig):
+    """How positions enter: in attention (rope, alibi, …) or as vectors added to the embeddings (learned)."""
+
+    family = "position"
+    acts_in: ClassVar[Literal["attention", "embedding", "anywhere"]] = "attention"
+
+
+class LinearConfig(VariantConfig):
+    """The kind of the linear maps inside parts."""
+
+    family = "linear"
+
+
+Norm = Annotated[NormConfig, Family("norm")]
+Position = Annotated[PositionConfig, Family("position")]
+Linear = Annotated[LinearConfig, Family("linear")]
+
+NormPlacement = Literal["pre", "post", "sandwich", "output"]
+
+
+class PartConfig(VariantConfig):
+    """Anything that joins the residual stream. The fields here describe the branch around it, equal for all parts."""
+
+    norm: Norm | None = knob(None, "norm of this branch; null = model.norm")
+    norm_placement: NormPlacement | None = knob(
+        None,
+        "pre: x + f(n(x)); post: n(x + f(x)); sandwich: x + n2(f(n1(x))); output: x + n(f(x)); null = model's",
+    )
+    residual_dropout: float = knob(0.0, "dropout rate on the branch's output, in [0, 1)", ge=0.0, lt=1.0)
+    residual_scale: float | None = knob(None, "constant factor on the branch's output; null = model.residual_scale")
+    layer_scale: float | None = knob(
+        None, "initial value of a learned per-channel factor on the branch's output (CaiT, 2103.17239); null = none"
+    )
+
+
+class TokenMixerConfig(PartConfig):
+    """A part that moves information between positions."""
+
+    family = "token_mixer"
+    supports_bidirectional: ClassVar[bool] = True
+
+
+class ChannelMixerConfig(PartConfig):
+    """A part that acts on each position alone."""
+
+    family = "channel_mixer"
+
+
+class MemoryConfig(PartConfig):
+    """A part that reads a learned memory."""
+
+    family = "memory"
+
+
+class ObjectiveConfig(VariantConfig):
+    """What is predicted and how the loss is summed."""
+
+    family = "objective"
+
+
+class ScheduleConfig(VariantConfig):
+    """Learning rate as a factor of the peak over steps."""
+
+    family = "schedule"
+
+
+class OptimizerConfig(VariantConfig):
+    """How gradients become updates."""
+
+    family = "optimizer"
+
+
+class SourceConfig(VariantConfig):
+    """Where documents come from."""
+
+    family = "source"
+
+
+class TokenizerConfig(VariantConfig):
+    """How text becomes token ids."""
+
+    family = "tokenizer"
+
+
+class PackingConfig(VariantConfig):
+    """How documents are laid into rows of ``seq_len`` tokens."""
+
+    family = "packing"
+
+
+Part = Annotated[PartConfig, Family("part")]
+TokenMixer = Annotated[TokenMixerConfig, Family("token_mixer")]
+Objective = Annotated[ObjectiveConfig, Family("objective")]
+Schedule = Annotated[ScheduleConfig, Family("schedule")]
+Optimizer = Annotated[OptimizerConfig, Family("optimizer")]
+Source = Annotated[SourceConfig, Family("source")]
+Tokenizer = Annotated[TokenizerConfig, Family("tokenizer")]
+Packing = Annotated[PackingConfig, Family("packing")]

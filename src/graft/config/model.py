@@ -1,0 +1,152 @@
+"""The model as data: blocks are lists of parts, a layout names the block of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from graft.config.base import Config, Problem, knob
+from graft.config.families import Linear, Norm, NormPlacement, Part, PartConfig, Position, TokenMixerConfig
+
+LayerParts = tuple[PartConfig, ...]
+
+
+class InitConfig(Config):
+    """How weights start. Every tensor draws from its own generator, seeded by (seed, tensor name)."""
+
+    std: float = knob(0.02, "standard deviation of weight matrices (GPT-2's choice)", gt=0.0)
+    embedding_std: float | None = knob(None, "standard deviation of the embedding table; null = std", gt=0.0)
+    residual: Literal["none", "depth"] = knob(
+        "none", "depth: matrices that write to the residual stream get std / sqrt(number of residual branches)"
+    )
+
+
+class EmbeddingConfig(Config):
+    """Token ids to vectors."""
+
+    scale: Literal["none", "sqrt_hidden_size"] | float = knob(
+        "none", "factor on the embedding's output; sqrt_hidden_size is Gemma's"
+    )
+    norm: Norm | None = knob(None, "norm on the embedding's output (BERT); null = none")
+    dropout: float = knob(0.0, "dropout rate on the embedding's output, in [0, 1)", ge=0.0, lt=1.0)
+    position: Position | None = knob(None, "position vectors added to the embeddings, e.g. {type: learned}")
+
+    def problems(self) -> Iterator[Problem]:
+        if self.position is not None and self.position.acts_in == "attention":
+            tag = getattr(self.position, "type", "")
+            yield Problem(
+                ("position",), f"{tag} acts inside attention, not on embeddings", "set it on the attention part"
+            )
+
+
+class HeadConfig(Config):
+    """Vectors to logits."""
+
+    tie_word_embeddings: bool = knob(True, "the head's matrix is the embedding table")
+    logit_softcap: float | None = knob(
+        None, "logits become c·tanh(logits/c) (Gemma 2, 2408.00118); null = none", gt=0.0
+    )
+    bias: bool = knob(False, "add a learned bias to the logits")
+    pad_vocab_to_multiple_of: int = knob(
+        1, "round the table's rows up to a multiple (64 suits matrix units); padded rows are never predicted", ge=1
+    )
+
+
+class LayoutRun(Config):
+    """A block name repeated: ``{block: slide, repeat: 5}``."""
+
+    block: str = knob(doc="name of a block in model.blocks")
+    repeat: int = knob(1, "how many layers in a row", ge=1, le=100_000)
+
+
+class ModelConfig(Config):
+    """A network: embedding, ``num_layers`` layers of parts (run ``loops`` times), final norm, head."""
+
+    vocab_size: int | None = knob(None, "rows of the embedding; null = the tokenizer's size", ge=2)
+    hidden_size: int = knob(doc="width of the residual stream (D)", ge=1)
+    num_layers: int = knob(doc="physical layers; layout repeats to exactly this many", ge=1, le=100_000)
+    loops: int = knob(
+        1, "how often the whole stack runs, with shared weights (Universal Transformer, 1807.03819)", ge=1
+    )
+    bidirectional: bool = knob(False, "true: every position sees the whole document (encoder)")
+    norm: Norm = knob(doc="norm of every branch and the final norm, unless a part overrides it")
+    norm_placement: NormPlacement = knob("pre", "where branches put their norm; see a part's norm_placement")
+    final_norm: bool = knob(True, "norm before the head")
+    residual_scale: float = knob(1.0, "constant factor on every branch's output")
+    embedding: EmbeddingConfig = knob(doc="token embedding", factory=EmbeddingConfig)
+    blocks: Mapping[str, tuple[Part, ...]] = knob(doc="named blocks, each a list of parts", min_length=1)
+    layout: tuple[str | LayoutRun, ...] | None = knob(
+        None, "block names, repeated to num_layers exactly; null = the only block in every layer"
+    )
+    overrides: Mapping[str, Mapping[str, Any]] = knob(
+        doc='per-layer changes: {"0": {attention.sliding_window: 64}, "-1": {...}, "4-7": {...}}', factory=dict
+    )
+    head: HeadConfig = knob(doc="output head", factory=HeadConfig)
+    init: InitConfig = knob(doc="initialisation", factory=InitConfig)
+    linear: Linear | None = knob(None, "kind of the linear maps inside parts; null = dense")
+
+    def problems(self) -> Iterator[Problem]:
+        for name, parts in self.blocks.items():
+            if not parts:
+                yield Problem(("blocks", name), f"block '{name}' is empty", "give it at least one part")
+            if self.bidirectional:
+                yield from self._causal_only(name, parts)
+        found = list(self._layout_problems())
+        yield from found
+        if not found:
+            yield from self._override_problems()
+
+    def _causal_only(self, name: str, parts: LayerParts) -> Iterator[Problem]:
+        for i, part in enumerate(parts):
+            if isinstance(part, TokenMixerConfig) and not part.supports_bidirectional:
+                tag = getattr(part, "type", "")
+                yield Problem(
+                    ("blocks", name, i, "type"),
+                    f"{tag} cannot be bidirectional",
+                    "set model.bidirectional: false, or use another token mixer",
+                )
+
+    def _layout_problems(self) -> Iterator[Problem]:
+        if self.layout is None:
+            if len(self.blocks) > 1:
+                yield Problem(
+                    ("layout",), f"there are {len(self.blocks)} blocks and no layout", "name each layer's block"
+                )
+            return
+        for i, run in enumerate(self.layout):
+            name = run if isinstance(run, str) else run.block
+            if name not in self.blocks:
+                yield Problem(("layout", i), f"'{name}' is no block", f"known blocks: {', '.join(self.blocks)}")
+        period = len(self._period())
+        if period == 0 or self.num_layers % period:
+            yield Problem(
+                ("layout",),
+                f"a layout of {period} layers does not repeat to num_layers = {self.num_layers} exactly",
+                "change one so that it divides the other",
+            )
+        unused = set(self.blocks) - set(self._period())
+        for name in sorted(unused):
+            yield Problem(("blocks", name), f"block '{name}' is in no layer", "name it in layout, or remove it")
+
+    def _period(self) -> tuple[str, ...]:
+        assert self.layout is not None
+        runs = (run if isinstance(run, LayoutRun) else LayoutRun(block=run) for run in self.layout)
+        return tuple(run.block for run in runs for _ in range(run.repeat))
+
+    def _override_problems(self) -> Iterator[Problem]:
+        from graft.config.layers import override_problems  # the helper needs this class
+
+        yield from override_problems(self)
+
+    def layer_blocks(self) -> tuple[str, ...]:
+        """The block name of each physical layer."""
+        if self.layout is None:
+            return (next(iter(self.blocks)),) * self.num_layers
+        period = self._period()
+        return period * (self.num_layers // len(period))
+
+    def layers(self) -> tuple[LayerParts, ...]:
+        """The parts of each physical layer, overrides applied."""
+        from graft.config.layers import layers  # the helper needs this class
+
+        return layers(self)

@@ -1,0 +1,30 @@
+"""Fields every optimizer shares: peak rate, decay, and settings per parameter role."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from graft.config.base import Config, knob
+from graft.config.families import OptimizerConfig
+from graft.config.roles import Role
+
+
+class RoleOverride(Config):
+    """Settings of the parameters of one role; null = the optimizer's own."""
+
+    lr_multiplier: float | None = knob(None, "factor on the peak learning rate", ge=0.0)
+    weight_decay: float | None = knob(None, "decoupled weight decay", ge=0.0)
+    betas: tuple[float, float] | None = knob(None, "Adam's moment decays")
+    eps: float | None = knob(None, "Adam's epsilon", gt=0.0)
+
+
+class GroupedOptimizerConfig(OptimizerConfig):
+    """Base of the optimizers' configs. A multiplier scales the peak, so the schedule acts on every group alike."""
+
+    learning_rate: float = knob(doc="peak learning rate", gt=0.0)
+    weight_decay: float = knob(
+        0.1, "decoupled weight decay of matrices and embeddings; norms, biases and scalars get none", ge=0.0
+    )
+    groups: Mapping[Role, RoleOverride] = knob(
+        doc="settings per role, e.g. {embedding: {weight_decay: 0}}", factory=dict
+    )

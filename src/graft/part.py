@@ -1,0 +1,164 @@
+"""The one interface of everything that joins the residual stream."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from graft.config.families import LinearConfig, NormConfig, PartConfig
+from graft.config.model import InitConfig
+from graft.config.roles import Role
+
+State = Any
+"""What a part hands to its own next call: a pytree of tensors (and ints). Opaque to everyone else."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """All a part knows of its surroundings when it is built.
+
+    Args:
+        hidden_size: width of the residual stream (D).
+        layer_idx: physical layer, from 0.
+        num_layers: physical layers.
+        num_branches: residual branches in the whole network (loops counted), for depth-scaled initialisation.
+        causal: False in an encoder.
+        norm: the model's norm, for parts that norm something inside.
+        linear: the model's kind of linear map.
+        init: the model's initialisation.
+    """
+
+    hidden_size: int
+    layer_idx: int
+    num_layers: int
+    num_branches: int
+    causal: bool
+    norm: NormConfig
+    linear: LinearConfig
+    init: InitConfig
+
+    def make_linear(
+        self, in_features: int, out_features: int, *, role: Role, bias: bool = False, residual_output: bool = False
+    ) -> nn.Module:
+        """A linear map of the model's kind: ``y[..., out] = f(x[..., in])``.
+
+        Args:
+            in_features: channels in.
+            out_features: channels out.
+            role: the weight's role (decides optimizer and decay).
+            bias: add a learned bias.
+            residual_output: the map writes to the residual stream (gets the depth-scaled start, if configured).
+        """
+        std = self.init.std
+        if residual_output and self.init.residual == "depth":
+            std /= self.num_branches**0.5
+        return self.linear.build(in_features, out_features, bias=bias, role=role, init_std=std)
+
+    def make_norm(self, size: int, config: NormConfig | None = None) -> nn.Module:
+        """A norm over a last axis of ``size`` channels; the model's kind unless ``config`` is given."""
+        return (config or self.norm).build(size)
+
+
+@dataclass(frozen=True)
+class Context:
+    """All a part may read of the sequence. Nothing travels through ``**kwargs``.
+
+    Args:
+        token_ids_BT: int64 token ids.
+        positions_BT: int64 positions, restarting at 0 in every packed document.
+        segment_ids_BT: int document numbers within the row, 0 = padding; None = every row is one document, no padding.
+        causal: False in an encoder.
+        tables: what position modules computed once for this forward (`graft.positions.base.TablePosition`), by key.
+        published: tensors that earlier parts of this forward handed on (`PartOutput.published`), by name.
+    """
+
+    token_ids_BT: Tensor
+    positions_BT: Tensor
+    segment_ids_BT: Tensor | None = None
+    causal: bool = True
+    tables: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict[str, tuple[Tensor, ...]])
+    published: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+class PartOutput(NamedTuple):
+    """What a part returns.
+
+    Args:
+        y: [B, T, D], what the branch adds to the residual stream.
+        state: what the part gets at its next call; None outside decoding.
+        aux: named differentiable *sums* over positions that the objective may add to the loss (never means).
+        published: tensors for later parts of the same forward, by name.
+    """
+
+    y: Tensor
+    state: State = None
+    aux: Mapping[str, Tensor] = {}
+    published: Mapping[str, Tensor] = {}
+
+
+class Part(nn.Module):
+    """Base of every token mixer, channel mixer and memory."""
+
+    config: PartConfig
+
+    @abstractmethod
+    def forward(self, x_BTD: Tensor, ctx: Context, state: State = None) -> PartOutput:
+        """Reads the normed stream, returns what to add.
+
+        With ``state`` (from `init_state`, then from the previous call) the T positions continue the sequences seen so
+        far, and the result equals that part of one forward over the whole.
+        """
+
+    def init_state(self, batch_size: int, max_len: int, *, device: torch.device, dtype: torch.dtype) -> State:
+        """State before the first position, for sequences of up to ``max_len``; None when nothing is carried."""
+        return None
+
+    def state_bytes(self, max_len: int, dtype: torch.dtype) -> int:
+        """Bytes of state per sequence of ``max_len`` positions (default: the tensors of `init_state`, counted)."""
+        state = self.init_state(1, max_len, device=torch.device("meta"), dtype=dtype)
+        return sum(t.numel() * t.element_size() for t in tensors_of(state))
+
+    @abstractmethod
+    def flops_per_token(self, seq_len: int) -> float:
+        """Forward FLOPs per position (multiply and add = 2), averaged over one document of ``seq_len`` positions.
+
+        Counts matrix products only, and only the pairs a query may see.
+        """
+
+    def active_parameters(self) -> int:
+        """Parameters that take part in computing one position (default: all)."""
+        return sum(p.numel() for p in self.parameters())
+
+
+def tensors_of(state: State) -> Iterator[Tensor]:
+    """Every tensor in a state."""
+    return (leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+
+
+def linear_flops(module: nn.Module) -> int:
+    """2 · weights of every linear map below ``module``: forward FLOPs of one position through each of them once."""
+    return sum(2 * m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def parameter_roles(model: nn.Module) -> dict[str, Role]:
+    """Full parameter name -> role, for every parameter.
+
+    A module says the roles of the parameters it owns directly: ``role`` (a Role) for matrices, ``param_roles``
+    (name -> Role) for exceptions. A direct parameter called ``bias`` has the role "bias" unless listed.
+    Asserts that every parameter has one.
+    """
+    roles: dict[str, Role] = {}
+    for prefix, module in cast(Iterator[tuple[str, nn.Module]], model.named_modules()):
+        exceptions: Mapping[str, Role] = getattr(module, "param_roles", {})
+        for name, _ in module.named_parameters(recurse=False):
+            role = exceptions.get(name) or ("bias" if name == "bias" else getattr(module, "role", None))
+            full = f"{prefix}.{name}" if prefix else name
+            assert role is not None, f"parameter {full} of {type(module).__name__} has no role"
+            roles[full] = role
+    return roles
