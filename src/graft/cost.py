@@ -1,0 +1,1 @@
+"""What a config costs before it runs."""
