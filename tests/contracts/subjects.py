@@ -1,0 +1,113 @@
+"""What the contract tests run on: every variant's preset, and compositions drawn from the parts those presets show."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from graft.config.load import load_experiment
+from hypothesis import assume
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from graft.config.experiment import Experiment
+from graft.config.model import ModelConfig
+from graft.contracts.subject import Subject
+
+PRESETS = Path(__file__).parents[2] / "presets"
+PART_FAMILIES = {"token_mixer": "token_mixers", "channel_mixer": "channel_mixers", "memory": "memories"}
+
+
+def variant_presets() -> list[Path]:
+    """The small presets, one per variant: everything outside ``presets/models``."""
+    return sorted(p for p in PRESETS.glob("*/*.yaml") if p.parent.name != "models")
+
+
+@cache
+def experiment(path: Path) -> Experiment:
+    return load_experiment(path)
+
+
+def subject(path: Path) -> Subject:
+    """The network of a preset, over a few ids only."""
+    shown = experiment(path)
+    data = shown.model.to_dict()
+    data["vocab_size"] = None
+    data["head"]["pad_vocab_to_multiple_of"] = 1 if shown.model.head.pad_vocab_to_multiple_of == 1 else 8
+    return Subject(ModelConfig.model_validate(data), shown.objective)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude_unset=True) | {"type": config.type}
+
+
+@cache
+def _shown(kind: str) -> tuple[str, ...]:
+    """Distinct tables of one kind found in the presets, as repr strings (hashable)."""
+    found: dict[str, None] = {}
+    for path in variant_presets():
+        model = experiment(path).model
+        tables: list[Any] = []
+        for parts in model.blocks.values():
+            for part in parts:
+                if kind == "part":
+                    tables.append(part)
+                elif kind == "position" and getattr(part, "position", None) is not None:
+                    tables.append(part.position)
+        if kind == "norm":
+            tables.append(model.norm)
+        for table in tables:
+            found[repr(_plain(table))] = None
+    return tuple(found)
+
+
+def _tables(kind: str) -> st.SearchStrategy[dict[str, Any]]:
+    import ast
+
+    return st.sampled_from(_shown(kind)).map(ast.literal_eval)
+
+
+@st.composite
+def compositions(draw: st.DrawFn) -> ModelConfig:
+    """A small random network: any parts, norms, positions, placements, loops, in any layout."""
+    placements = st.sampled_from(["pre", "post", "sandwich", "output"])
+
+    def part() -> dict[str, Any]:
+        table = draw(_tables("part"))
+        if "position" in table:
+            table["position"] = draw(_tables("position"))
+        if draw(st.booleans()):
+            table["norm_placement"] = draw(placements)
+        if draw(st.integers(0, 3)) == 0:
+            table["norm"] = draw(_tables("norm"))
+        if draw(st.integers(0, 3)) == 0:
+            table["layer_scale"] = 0.5
+        return table
+
+    num_blocks = draw(st.integers(1, 2))
+    blocks = {f"b{i}": [part() for _ in range(draw(st.integers(1, 3)))] for i in range(num_blocks)}
+    layout = draw(st.permutations(sorted(blocks)))
+    data = {
+        "hidden_size": 16,
+        "num_layers": num_blocks * draw(st.integers(1, 2)),
+        "loops": draw(st.sampled_from([1, 1, 2])),
+        "bidirectional": draw(st.booleans()),
+        "norm": draw(_tables("norm")),
+        "norm_placement": draw(placements),
+        "residual_scale": draw(st.sampled_from([1.0, 0.5])),
+        "embedding": {"scale": draw(st.sampled_from(["none", "sqrt_hidden_size", 2.0]))},
+        "blocks": blocks,
+        "layout": list(layout),
+        "head": {
+            "tie_word_embeddings": draw(st.booleans()),
+            "logit_softcap": draw(st.sampled_from([None, 5.0])),
+            "pad_vocab_to_multiple_of": draw(st.sampled_from([1, 8])),
+        },
+        "init": {"residual": draw(st.sampled_from(["none", "depth"]))},
+    }
+    try:
+        return ModelConfig.model_validate(data)
+    except ValidationError:
+        assume(False)
+        raise

@@ -1,0 +1,60 @@
+"""Every contract, on every variant's preset and on random compositions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from subjects import PRESETS, compositions, experiment, subject, variant_presets
+
+from graft.config.model import ModelConfig
+from graft.config.registry import PACKAGES, variants
+from graft.contracts.registry import ALWAYS, BIDIRECTIONAL, CAUSAL, SLOW, contracts_for
+from graft.contracts.subject import Subject
+from graft.objectives.causal_lm_config import CausalLMConfig
+
+FOLDERS = {family: package.split(".")[-1] for family, package in PACKAGES.items()}
+
+
+@pytest.mark.parametrize("family", sorted(PACKAGES))
+def test_every_variant_has_a_preset_that_uses_it(family: str) -> None:
+    for tag in variants(family):
+        path = PRESETS / FOLDERS[family] / f"{tag}.yaml"
+        assert path.exists(), f"{family} '{tag}' needs the preset {path.relative_to(PRESETS.parent)}"
+        assert f"'type': '{tag}'" in repr(experiment(path).to_dict())
+
+
+@pytest.mark.parametrize("path", variant_presets(), ids=lambda p: f"{p.parent.name}/{p.stem}")
+@pytest.mark.parametrize("contract", sorted({*CAUSAL, *BIDIRECTIONAL, *ALWAYS}, key=lambda c: c.__name__))
+def test_contract(contract: Callable[[Subject], None], path: Path) -> None:
+    shown = subject(path)
+    if contract in contracts_for(shown):
+        contract(shown)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", variant_presets(), ids=lambda p: f"{p.parent.name}/{p.stem}")
+@pytest.mark.parametrize("contract", SLOW, ids=lambda c: c.__name__)
+def test_slow_contract(contract: Callable[[Subject], None], path: Path) -> None:
+    contract(subject(path))
+
+
+def hold(config: ModelConfig) -> None:
+    drawn = Subject(config, CausalLMConfig(z_loss_coef=1e-3))
+    for contract in contracts_for(drawn):
+        contract(drawn)
+
+
+@settings(max_examples=15)
+@given(compositions())
+def test_contracts_hold_for_any_composition(config: ModelConfig) -> None:
+    hold(config)
+
+
+@pytest.mark.slow
+@settings(max_examples=150)
+@given(compositions())
+def test_contracts_hold_for_many_compositions(config: ModelConfig) -> None:
+    hold(config)
