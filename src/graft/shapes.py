@@ -17,6 +17,37 @@ R      rank of a low-rank map
 P      query positions of one block of a block-wise computation
 C      length of one chunk
 =====  =====================================================================
+
+Public forwards annotate shapes too: ``x_BTD: Float[Tensor, "B T D"]``. These names do nothing at run time; the
+tests put jaxtyping's in their place and check every call.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 LETTERS = "BTSDNKGHFVEMRPC"
+
+if TYPE_CHECKING:
+    from typing import Annotated as Bool
+    from typing import Annotated as Float
+    from typing import Annotated as Int
+else:
+
+    class _Unchecked:
+        """``Float[Tensor, "B T D"]`` is just Tensor."""
+
+        def __class_getitem__(cls, item: tuple[Any, str]) -> Any:
+            return item[0]
+
+    class Bool(_Unchecked):
+        """Truth values."""
+
+    class Float(_Unchecked):
+        """Floating point values of any width."""
+
+    class Int(_Unchecked):
+        """Integers of any width."""
+
+
+__all__ = ["LETTERS", "Bool", "Float", "Int"]
