@@ -1,0 +1,47 @@
+"""Softmax attention as it is defined: one explicit mask, fp32 scores. Every other kernel must agree with it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graft.ops.attention_mask import Visibility, distances
+
+
+def reference_attention(
+    q_BTNH: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    visibility: Visibility,
+    *,
+    scale: float,
+    softcap: float | None,
+    slopes_N: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """``softmax(cap(scale·q·k) − slope·|i − j|) v`` over the visible keys; a query that sees none gives zeros.
+
+    Time and memory O(T·S) in fp32 (fp64 inputs stay fp64). Arguments as in `graft.ops.attention.attention`.
+
+    Returns:
+        [B, T, N, H] in the dtype of q.
+    """
+    T, S, group = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[2] // k_BSKH.shape[2]
+    dtype = torch.promote_types(q_BTNH.dtype, torch.float32)
+    q_BTNH, out_dtype = q_BTNH.to(dtype), q_BTNH.dtype
+    k_BSNH, v_BSNH = (x.to(dtype).repeat_interleave(group, dim=2) for x in (k_BSKH, v_BSKH))
+    scores_BNTS = torch.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH) * scale
+    if softcap is not None:
+        scores_BNTS = softcap * torch.tanh(scores_BNTS / softcap)
+    if slopes_N is not None:
+        away = distances(visibility.offset, 0, T, 0, S, q_BTNH.device)
+        scores_BNTS = scores_BNTS - slopes_N.to(dtype)[:, None, None] * away.to(dtype)
+    seen = visibility.block(0, T, 0, S, q_BTNH.device)
+    if seen is not None:
+        scores_BNTS = scores_BNTS.masked_fill(~seen[:, None], torch.finfo(dtype).min)
+    p_BNTS = torch.softmax(scores_BNTS, dim=-1)
+    if seen is not None:  # a row that is hidden as a whole came out uniform
+        p_BNTS = p_BNTS.masked_fill(~seen[:, None], 0.0)
+    p_BNTS = F.dropout(p_BNTS, dropout)
+    return torch.einsum("bnts,bsnh->btnh", p_BNTS, v_BSNH).to(out_dtype)
