@@ -1,1 +1,328 @@
-"""The network."""
+"""The network: embedding, layers of residual branches, final norm, head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from graft.config.families import LinearConfig
+from graft.config.model import ModelConfig
+from graft.errors import ConfigError
+from graft.initialization import initialize
+from graft.linears.dense_config import DenseConfig
+from graft.network.block import Block, BlockOutput, add_sums
+from graft.network.ends import Head, TokenEmbedding, padded_rows
+from graft.network.sequence import ModelState, positions_in_segments
+from graft.part import Context, Part, Site
+from graft.positions.base import TablePosition
+from graft.shapes import Float, Int
+
+
+class Features(NamedTuple):
+    """What the network says before the head.
+
+    Args:
+        x_BTD: the residual stream after the final norm.
+        state: where the sequences stand now; None outside decoding.
+        aux: the parts' named sums over positions (see `PartOutput.aux`), added up over layers and loops.
+    """
+
+    x_BTD: Tensor
+    state: ModelState | None
+    aux: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the numbers are computed, never which (the fields of ``runtime`` that concern the network).
+
+    Args:
+        compile: torch.compile each layer, and the chunk of the loss, outside decoding.
+        activation_checkpointing: "block" keeps only each layer's input and recomputes the rest in the backward pass.
+        kernels: "reference" uses the plain form of every operation.
+        loss_chunk_bytes: most bytes of fp32 logits the loss holds at once.
+    """
+
+    compile: bool = False
+    activation_checkpointing: Literal["none", "block"] = "none"
+    kernels: Literal["auto", "reference"] = "auto"
+    loss_chunk_bytes: int = 256 * 2**20
+
+
+class Model(nn.Module):
+    """A language model made of parts, causal unless ``config.bidirectional``.
+
+    ``x = embedding(ids)``, then ``loops`` times all layers with the same weights (Universal Transformer, 1807.03819;
+    deviation: no step embedding and no adaptive halting), then the final norm and the head. While decoding, each part
+    has a state of its own in every loop.
+
+    Args:
+        config: the network.
+        vocab_size: ids that can be read and predicted (V), without padding rows.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.execution = Execution()
+        num_rows = padded_rows(vocab_size, config.head.pad_vocab_to_multiple_of)
+        layers = config.layers()
+        num_branches = config.loops * sum(len(parts) for parts in layers)
+        self.embedding = TokenEmbedding(config, num_rows)
+        self.layers = nn.ModuleList(
+            Block(parts, config, _site(config, layer_idx, num_branches)) for layer_idx, parts in enumerate(layers)
+        )
+        self.final_norm = config.norm.build(config.hidden_size) if config.final_norm else None
+        self.head = Head(config, vocab_size, num_rows)
+        self._runners: list[Callable[..., BlockOutput]] = list(self.blocks())
+
+    def blocks(self) -> Iterator[Block]:
+        """The physical layers, in order."""
+        for block in self.layers:
+            assert isinstance(block, Block)
+            yield block
+
+    def parts(self) -> Iterator[Part]:
+        """Every part, layer by layer."""
+        return (module for module in self.modules() if isinstance(module, Part))
+
+    def num_parameters(self) -> int:
+        """Parameters, a tied table counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def set_runtime(
+        self,
+        *,
+        compile: bool | None = None,
+        activation_checkpointing: Literal["none", "block"] | None = None,
+        kernels: Literal["auto", "reference"] | None = None,
+        loss_chunk_bytes: int | None = None,
+    ) -> None:
+        """Changes how the numbers are computed (see `Execution`); None leaves a choice as it is."""
+        given = {
+            "compile": compile,
+            "activation_checkpointing": activation_checkpointing,
+            "kernels": kernels,
+            "loss_chunk_bytes": loss_chunk_bytes,
+        }
+        self.execution = replace(self.execution, **{name: value for name, value in given.items() if value is not None})
+        for part in self.parts():
+            part.kernels = self.execution.kernels
+        if compile is not None:
+            self._runners = [_compiled(block) if compile else block for block in self.blocks()]
+
+    def forward(
+        self,
+        input_ids_BT: Int[Tensor, "B T"],
+        *,
+        positions_BT: Int[Tensor, "B T"] | None = None,
+        segment_ids_BT: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T V"]:
+        """Logits of every position, fp32.
+
+        Args:
+            input_ids_BT: token ids.
+            positions_BT: positions; None = from 0 in every document.
+            segment_ids_BT: document numbers within the row from 1, 0 = padding; None = one document per row.
+        """
+        return self.logits(self.features(input_ids_BT, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT).x_BTD)
+
+    def features(
+        self,
+        input_ids_BT: Int[Tensor, "B T"],
+        *,
+        positions_BT: Int[Tensor, "B T"] | None = None,
+        segment_ids_BT: Int[Tensor, "B T"] | None = None,
+        state: ModelState | None = None,
+    ) -> Features:
+        """The network without its head; arguments as in `forward`. With ``state`` the tokens continue its sequences."""
+        if state is not None:
+            segment_ids_BT = state.continue_segments(segment_ids_BT, input_ids_BT.shape[1])
+        if positions_BT is None:
+            positions_BT = _positions(input_ids_BT, segment_ids_BT, state)  # one row when all rows are alike
+        x_BTD = self.embedding(input_ids_BT, positions_BT)
+        ctx = Context(
+            token_ids_BT=input_ids_BT,
+            positions_BT=positions_BT.expand(input_ids_BT.shape),
+            segment_ids_BT=segment_ids_BT,
+            causal=not self.config.bidirectional,
+            tables=self._tables(positions_BT),
+        )
+        x_BTD, aux = self._run_layers(x_BTD, ctx, state)
+        if state is not None:
+            state.advance(positions_BT, segment_ids_BT)
+        return Features(x_BTD if self.final_norm is None else self.final_norm(x_BTD), state, aux)
+
+    def logits(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
+        """The head on features: soft-capped, fp32, over the vocabulary without padding rows."""
+        return self.head(x_BTD, self.head_weight())
+
+    def head_weight(self) -> Tensor:
+        """[V padded, D]: the head's matrix, which is the embedding table when tied."""
+        return self.embedding.weight if self.head.weight is None else self.head.weight
+
+    def init_state(self, batch_size: int, max_len: int, *, dtype: torch.dtype | None = None) -> ModelState:
+        """The state before the first token, for up to ``max_len`` tokens per sequence, padding included.
+
+        Args:
+            batch_size: sequences.
+            max_len: positions to make room for.
+            dtype: of the tensors carried; None = autocast's where that is on, else the weights'.
+
+        Raises:
+            ConfigError: the model is bidirectional.
+        """
+        if self.config.bidirectional:
+            raise ConfigError(
+                "a bidirectional model cannot continue sequences",
+                where="model.bidirectional",
+                fix="set it to false, or use forward on whole sequences",
+            )
+        weight = self.embedding.weight
+        kind = weight.device.type
+        dtype = dtype or (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype)
+        branches = [
+            [
+                {
+                    name: branch.part.init_state(batch_size, max_len, device=weight.device, dtype=dtype)
+                    for name, branch in block.branches()
+                }
+                for block in self.blocks()
+            ]
+            for _ in range(self.config.loops)
+        ]
+        return ModelState(branches, max_len, torch.zeros(batch_size, dtype=torch.int64, device=weight.device))
+
+    def decode(
+        self,
+        input_ids_BS: Int[Tensor, "B S"],
+        state: ModelState,
+        *,
+        segment_ids_BS: Int[Tensor, "B S"] | None = None,
+        last_only: bool = False,
+    ) -> tuple[Float[Tensor, "B Q V"], ModelState]:
+        """Continues the sequences of ``state`` by S tokens; equals those positions of one forward over the whole.
+
+        Prompts of unequal length are padded on the left with segment 0; positions count from the first real token.
+        The state passed in is consumed.
+
+        Args:
+            input_ids_BS: the next tokens; more than one is a prefill or a chunk.
+            state: from `init_state` or the previous call.
+            segment_ids_BS: documents of the tokens; None = each row's document goes on.
+            last_only: logits of the last position alone, [B, 1, V].
+
+        Raises:
+            ConfigError: the state has no room for the tokens.
+        """
+        features = self.features(input_ids_BS, segment_ids_BT=segment_ids_BS, state=state)
+        x_BTD = features.x_BTD[:, -1:] if last_only else features.x_BTD
+        return self.logits(x_BTD), state
+
+    def _tables(self, positions_BT: Tensor) -> dict[str, tuple[Tensor, ...]]:
+        """What position modules compute from positions alone, once for all layers with equal keys."""
+        tables: dict[str, tuple[Tensor, ...]] = {}
+        for module in self.modules():
+            if isinstance(module, TablePosition) and module.table_key not in tables:
+                tables[module.table_key] = module.tables(positions_BT)
+        return tables
+
+    def _run_layers(self, x_BTD: Tensor, ctx: Context, state: ModelState | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The residual stream after all loops, and the named sums. Updates ``state``."""
+        aux: dict[str, Tensor] = {}
+        for loop in range(self.config.loops):
+            for layer, block in enumerate(self.blocks()):
+                if state is None:
+                    out = self._train_layer(layer, x_BTD, ctx)
+                else:
+                    out = block(x_BTD, ctx, state.branches[loop][layer])
+                    state.branches[loop][layer] = out.states
+                x_BTD, aux = out.x, add_sums(aux, out.aux)
+                ctx = replace(ctx, published=out.published)
+        return x_BTD, aux
+
+    def _train_layer(self, layer: int, x_BTD: Tensor, ctx: Context) -> BlockOutput:
+        """One layer outside decoding, compiled and recomputed as `execution` says."""
+        run = self._runners[layer]
+        if self.execution.activation_checkpointing == "block" and torch.is_grad_enabled():
+            out = checkpoint(run, x_BTD, ctx, use_reentrant=False)
+            assert isinstance(out, BlockOutput)
+            return out
+        return run(x_BTD, ctx)
+
+
+def _site(config: ModelConfig, layer_idx: int, num_branches: int) -> Site:
+    return Site(
+        hidden_size=config.hidden_size,
+        layer_idx=layer_idx,
+        num_layers=config.num_layers,
+        num_branches=num_branches,
+        causal=not config.bidirectional,
+        norm=config.norm,
+        linear=_linear(config),
+        init=config.init,
+    )
+
+
+def _linear(config: ModelConfig) -> LinearConfig:
+    return DenseConfig() if config.linear is None else config.linear
+
+
+def _positions(ids_BT: Tensor, segment_ids_BT: Tensor | None, state: ModelState | None) -> Tensor:
+    """[B or 1, T] positions from the documents, going on from ``state``."""
+    if state is not None:
+        return state.positions(segment_ids_BT, ids_BT.shape[1])
+    if segment_ids_BT is None:
+        return torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
+    nothing_B = segment_ids_BT.new_zeros(segment_ids_BT.shape[0])
+    return positions_in_segments(segment_ids_BT, nothing_B, nothing_B)
+
+
+def _compiled(block: Block) -> Callable[..., BlockOutput]:
+    """The block compiled for fixed shapes: equal layers share one compilation, each new batch shape makes another."""
+    return torch.compile(block, dynamic=False)
+
+
+def build_model(
+    config: ModelConfig,
+    vocab_size: int,
+    *,
+    seed: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """A model with its starting weights, each a function of (seed, parameter name) alone.
+
+    Built on the meta device first, so that nothing is allocated twice; ``device="meta"`` leaves it there.
+
+    Args:
+        config: the network.
+        vocab_size: ids of the tokenizer; ``config.vocab_size`` may be larger (the rows beyond are never used).
+        seed: seeds the weights.
+        device: where the weights go.
+        dtype: of the weights.
+
+    Raises:
+        ConfigError: ``config.vocab_size`` is smaller than the tokenizer's.
+    """
+    rows = config.vocab_size or vocab_size
+    if rows < vocab_size:
+        raise ConfigError(
+            f"{rows} rows cannot hold the tokenizer's {vocab_size} ids",
+            where="model.vocab_size",
+            expected=f"at least {vocab_size}, or null",
+            fix="raise model.vocab_size, or use a smaller tokenizer",
+        )
+    with torch.device("meta"):
+        model = Model(config, rows).to(dtype)
+    if torch.device(device).type == "meta":
+        return model
+    model.to_empty(device=device)
+    initialize(model, seed)
+    return model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,9 +103,15 @@ class PartOutput(NamedTuple):
 
 
 class Part(nn.Module):
-    """Base of every token mixer, channel mixer and memory."""
+    """Base of every token mixer, channel mixer and memory.
+
+    Attributes:
+        config: what is computed.
+        kernels: how: "auto" = the fastest form, "reference" = the plain one. May be set at any time, the numbers agree.
+    """
 
     config: PartConfig
+    kernels: Literal["auto", "reference"] = "auto"
 
     @abstractmethod
     def forward(self, x_BTD: Tensor, ctx: Context, state: State = None) -> PartOutput:

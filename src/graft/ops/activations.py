@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,3 +23,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": relu2,
 }
 """Name -> function of a tensor, element by element, same dtype out as in."""
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """``cap·tanh(x / cap)``: nearly x while |x| is far below the cap, never beyond it (Gemma 2, 2408.00118)."""
+    return cap * torch.tanh(x / cap)
