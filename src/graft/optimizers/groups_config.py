@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from graft.config.base import Config, knob
+from graft.config.base import Config, Problem, knob
 from graft.config.families import OptimizerConfig
 from graft.config.roles import Role
 
@@ -16,6 +16,10 @@ class RoleOverride(Config):
     weight_decay: float | None = knob(None, "decoupled weight decay", ge=0.0)
     betas: tuple[float, float] | None = knob(None, "Adam's moment decays")
     eps: float | None = knob(None, "Adam's epsilon", gt=0.0)
+
+    def problems(self) -> Iterator[Problem]:
+        if self.betas is not None and not all(0.0 <= b < 1.0 for b in self.betas):
+            yield Problem(("betas",), f"betas {self.betas} are not in [0, 1)")
 
 
 class GroupedOptimizerConfig(OptimizerConfig):
