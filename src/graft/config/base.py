@@ -7,14 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Never, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 PROBLEMS_ERROR = "graft_problems"
 """pydantic error type whose ``ctx['problems']`` lists `Problem`s, each with a path relative to the error's ``loc``."""
+
+
+DEFER_PROBLEMS = "defer_problems"
+"""Validation context ``{DEFER_PROBLEMS: True}``: cross-field problems are not raised, so that a caller can collect
+those of the whole tree with `Config.all_problems`. The result is not to be used before that."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,31 @@ def freeze(value: Any) -> Any:
     return value
 
 
+class FrozenDict(dict[Any, Any]):
+    """A dict that refuses changes and can be hashed: what the tables inside a config are."""
+
+    def _refuse(self, *args: object, **kwargs: object) -> Never:
+        raise TypeError("a config is frozen: make a changed copy with replace()")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse  # pyright: ignore[reportAssignmentType]
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[type[FrozenDict], tuple[dict[Any, Any]]]:
+        return FrozenDict, (dict(self),)  # pickle and copy would otherwise fill an empty one
+
+
+def frozen_tables(value: Any) -> Any:
+    """``value`` with every plain dict in it, at any depth of dicts and tuples, turned into a `FrozenDict`."""
+    if isinstance(value, dict):
+        return FrozenDict((k, frozen_tables(v)) for k, v in cast(dict[Any, Any], value).items())
+    if isinstance(value, tuple):
+        return tuple(frozen_tables(v) for v in cast(tuple[Any, ...], value))
+    return value
+
+
 class Config(BaseModel):
     """Frozen, strict, closed configuration object. Subclasses add fields with `knob` and physics with `problems`."""
 
@@ -116,8 +146,13 @@ class Config(BaseModel):
         return freeze(data)
 
     @model_validator(mode="after")
-    def _report_problems(self) -> Self:
-        found = [*self._dead_knobs(), *self.problems()]
+    def _report_problems(self, info: ValidationInfo) -> Self:
+        for name, value in list(self.__dict__.items()):
+            if isinstance(value, dict | tuple):  # pydantic makes dicts of its own, so they are frozen only here
+                object.__setattr__(self, name, frozen_tables(value))
+        if info.context is not None and info.context.get(DEFER_PROBLEMS):
+            return self
+        found = self.own_problems()
         if found:
             text = "; ".join(p.message for p in found)
             raise PydanticCustomError(PROBLEMS_ERROR, "{text}", {"text": text, "problems": found})
@@ -126,6 +161,22 @@ class Config(BaseModel):
     def problems(self) -> Iterator[Problem]:
         """Cross-field physics owned by this config: yields every `Problem`. Override; the default yields none."""
         yield from ()
+
+    def own_problems(self) -> list[Problem]:
+        """Dead knobs and cross-field problems of this config alone, not of the configs inside it."""
+        return [*self._dead_knobs(), *self.problems()]
+
+    def all_problems(self) -> list[Problem]:
+        """Problems of this config and of every config inside it, with paths from here; the insides first."""
+        found: list[Problem] = []
+        for path, config in sub_configs(self.__dict__):
+            found += [Problem((*path, *p.path), p.message, p.fix) for p in config.all_problems()]
+        try:
+            found += self.own_problems()
+        except Exception:
+            if not found:  # `problems` may rely on valid insides: only then is its failure our bug
+                raise
+        return found
 
     def _dead_knobs(self) -> Iterator[Problem]:
         for name in sorted(self.model_fields_set):
@@ -147,3 +198,15 @@ class Config(BaseModel):
         """A validated copy with some fields changed. Raises pydantic's ValidationError when the result is not valid."""
         data = {name: getattr(self, name) for name in type(self).model_fields}
         return type(self).model_validate({**data, **changes})
+
+
+def sub_configs(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Config]]:
+    """The configs directly inside ``value`` (a config's fields, or a table or tuple of them), each with its path."""
+    if isinstance(value, Config):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, below in cast(dict[str, Any], value).items():
+            yield from sub_configs(below, (*path, key))
+    elif isinstance(value, tuple):
+        for i, below in enumerate(cast(tuple[Any, ...], value)):
+            yield from sub_configs(below, (*path, i))

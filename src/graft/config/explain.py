@@ -1,0 +1,268 @@
+"""pydantic's validation errors in plain words, at the place they were written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import ValidationError
+
+from graft.config.base import PROBLEMS_ERROR, Config, Problem
+from graft.config.fields import annotation_at, choices, class_at, config_class
+from graft.config.tree import ABSENT, Path, entry
+
+EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "dict_type": "a table",
+    "mapping_type": "a table",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+    "finite_number": "a finite number",
+}
+"""Error types that mean "a value of another kind was expected", with what that kind is called."""
+
+BOUNDS = {
+    "greater_than": ("greater than", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("less than", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+
+
+@dataclass(frozen=True)
+class Issue:
+    """One validation error, explained.
+
+    Args:
+        path: the field it is about, in the document.
+        problem: what is wrong.
+        fix: what to do, or None.
+        kind: "unknown key", "value", "missing", or "physics": decides how a repair treats it (`graft.config.load`).
+        rename: for an unknown key, the known key it is probably meant to be.
+    """
+
+    path: Path
+    problem: str
+    fix: str | None = None
+    kind: str = "value"
+    rename: str | None = None
+
+
+@dataclass(frozen=True)
+class _Error:
+    """A pydantic error whose ``loc`` was mapped onto the document."""
+
+    path: Path
+    branch: bool  # it comes from one alternative of a union, not from the field as a whole
+    is_key: bool  # it is about the key itself
+    type: str
+    context: dict[str, Any]
+    message: str
+    value: Any
+
+
+def explain(error: ValidationError, root: type[Config], data: Any) -> list[Issue]:
+    """Every problem in a validation error.
+
+    Args:
+        error: what ``root.model_validate(data)`` raised.
+        root: class of the whole config.
+        data: the plain data that was validated.
+    """
+    raw: list[_Error] = []
+    for e in error.errors(include_url=False):
+        path, branch = _document_path(e["loc"], data)
+        is_key = e["loc"][-1:] == ("[key]",)
+        raw.append(_Error(path, branch, is_key, e["type"], dict(e.get("ctx", {})), e["msg"], e["input"]))
+    deeper = [e.path for e in raw]
+    groups: dict[Path, list[_Error]] = {}
+    issues: list[Issue] = []
+    for e in raw:
+        if e.branch and any(len(p) > len(e.path) and p[: len(e.path)] == e.path for p in deeper):
+            continue  # another alternative of the union fits so far and says more
+        if e.type in EXPECTED or (e.type == "literal_error" and not e.is_key):
+            groups.setdefault(e.path, []).append(e)
+        else:
+            issues += _explain_one(e, root, data)
+    issues += [_wrong_kind(errors, root, data) for errors in groups.values()]
+    renamed = {(*issue.path[:-1], issue.rename) for issue in issues if issue.rename is not None}
+    return [issue for issue in issues if issue.kind != "missing" or issue.path not in renamed]
+
+
+def _document_path(loc: Sequence[str | int], data: Any) -> tuple[Path, bool]:
+    """``loc`` without what is not in the document: union tags, names of union alternatives, ``[key]``.
+
+    A missing field's name, the last element, is kept. The flag says that an alternative's name was the last.
+    """
+    path: list[str | int] = []
+    tag_passed = False
+    for i, key in enumerate(loc):
+        if not tag_passed and entry(data, "type") == key:
+            tag_passed = True
+            continue
+        below = entry(data, key)
+        if below is not ABSENT:
+            path.append(key)
+            data, tag_passed = below, False
+        elif i == len(loc) - 1:
+            if isinstance(data, dict | list | tuple) and not _names_alternative(key):
+                return (*path, key), False
+            return tuple(path), key != "[key]"
+    return tuple(path), False
+
+
+def _names_alternative(key: str | int) -> bool:
+    """Whether ``key`` is pydantic's name of an alternative of a union: ``str``, ``literal[…]``, ``function-after[…]``."""
+    return isinstance(key, str) and (key in ("str", "int", "float", "bool") or re.search(r"[\[\]()]", key) is not None)
+
+
+def _explain_one(e: _Error, root: type[Config], data: Any) -> list[Issue]:
+    if e.type == PROBLEMS_ERROR:
+        found: list[Problem] = e.context["problems"]
+        return [Issue((*e.path, *p.path), p.message, p.fix, "physics") for p in found]
+    if e.type == "extra_forbidden":
+        return [_unknown_key(e.path, root, data)]
+    if e.type == "literal_error":  # the key of a table whose keys are a closed set
+        return [_unknown_choice(e, "key")]
+    if e.type == "missing":
+        return [_missing(e, root, data)]
+    if e.type == "union_tag_invalid":
+        return [_unknown_type(e, root, data)]
+    if e.type == "union_tag_not_found":
+        tags = ", ".join(choices(annotation_at(root, e.path, data)))
+        return [Issue(e.path, "the table has no type", f"add type: one of {tags}")]
+    if e.type in BOUNDS:
+        words, key = BOUNDS[e.type]
+        return [Issue(e.path, f"must be {words} {shown(e.context[key])}, not {shown(e.value)}")]
+    if e.type == "too_short":
+        return [
+            Issue(e.path, f"must have at least {e.context['min_length']} entries, not {e.context['actual_length']}")
+        ]
+    if e.type == "too_long":
+        return [Issue(e.path, f"must have at most {e.context['max_length']} entries, not {e.context['actual_length']}")]
+    if e.type == "string_pattern_mismatch":
+        return [Issue(e.path, f"{shown(e.value)} is not allowed", _doc(e.path, root, data))]
+    return [Issue(e.path, e.message[:1].lower() + e.message[1:])]
+
+
+def _unknown_key(path: Path, root: type[Config], data: Any) -> Issue:
+    key = str(path[-1])
+    cls = class_at(root, path[:-1], data)
+    known = list(cls.model_fields) if cls is not None else []
+    close = get_close_matches(key, known, n=1)
+    if close:
+        return Issue(path, "unknown key", f"did you mean '{close[0]}'?", "unknown key", close[0])
+    elsewhere = [name for name, info in root.model_fields.items() if _has_field(info.annotation, key, data.get(name))]
+    if elsewhere:
+        fix = f"'{key}' belongs to {' or '.join(elsewhere)}"
+    else:
+        fix = f"keys here: {', '.join(k for k in known if k != 'type')}" if known else "remove it"
+    return Issue(path, "unknown key", fix, "unknown key")
+
+
+def _has_field(annotation: Any, key: str, data: Any) -> bool:
+    cls = config_class(annotation, data if data is not None else {})
+    return cls is not None and key in cls.model_fields
+
+
+def _missing(e: _Error, root: type[Config], data: Any) -> Issue:
+    key = e.path[-1]
+    if isinstance(key, int):
+        return Issue(e.path[:-1], f"must have more than {len(e.value)} entries")
+    doc = _doc(e.path, root, data)
+    return Issue(e.path, "is required", f"add {key}: {doc}" if doc else f"add {key}", "missing")
+
+
+def _doc(path: Path, root: type[Config], data: Any) -> str | None:
+    cls = class_at(root, path[:-1], data)
+    info = cls.model_fields.get(str(path[-1])) if cls is not None else None
+    return info.description if info is not None else None
+
+
+def _unknown_type(e: _Error, root: type[Config], data: Any) -> Issue:
+    known = list(choices(annotation_at(root, e.path, data)))
+    tag = str(e.context["tag"])
+    return Issue((*e.path, "type"), f"'{tag}' is no known type", _suggestion(tag, known))
+
+
+def _suggestion(value: Any, known: Sequence[str]) -> str:
+    close = get_close_matches(str(value), known, n=1)
+    options = f"one of {', '.join(known)}" if len(known) > 1 else f"only {', '.join(known)} is allowed"
+    return f"did you mean '{close[0]}'? ({options})" if close else options
+
+
+def _literals(e: _Error) -> list[str]:
+    return re.findall(r"'([^']*)'", str(e.context["expected"])) or [str(e.context["expected"])]
+
+
+def _unknown_choice(e: _Error, what: str) -> Issue:
+    key = str(e.path[-1])
+    return Issue(e.path, f"'{key}' is no known {what}", _suggestion(key, _literals(e)), f"unknown {what}")
+
+
+def _wrong_kind(errors: list[_Error], root: type[Config], data: Any) -> Issue:
+    """One issue from the errors of all alternatives of a field."""
+    value = errors[0].value
+    words: list[str] = []
+    literals: list[str] = []
+    for e in errors:
+        if e.type == "literal_error":
+            literals += _literals(e)
+        else:
+            words.append(EXPECTED[e.type])
+    if literals:
+        words.insert(0, ("one of " if len(literals) > 1 else "") + ", ".join(literals))
+    problem = f"must be {' or '.join(dict.fromkeys(words))}, not {shown(value)}"
+    return Issue(errors[0].path, problem, _kind_hint(value, words, literals, errors[0].path, root, data))
+
+
+def _kind_hint(
+    value: Any, words: list[str], literals: list[str], path: Path, root: type[Config], data: Any
+) -> str | None:
+    """What to do about a value of the wrong kind, for the mistakes people make."""
+    if isinstance(value, str) and literals:
+        close = get_close_matches(value, literals, n=1)
+        return f"did you mean '{close[0]}'?" if close else None
+    if isinstance(value, str) and "true or false" in words and value.lower() in ("yes", "no", "on", "off"):
+        return f"write {'true' if value.lower() in ('yes', 'on') else 'false'} (YAML 1.2 reads {value} as text)"
+    if isinstance(value, str) and any("number" in word for word in words) and _is_number(value):
+        return "remove the quotes"
+    if isinstance(value, float) and "a whole number" in words and value.is_integer():
+        return f"write {int(value)}"
+    if isinstance(value, str) and "a table" in words:
+        tags = choices(annotation_at(root, path, data))
+        if value in tags:
+            return f"write {{type: {value}}}"
+        return f"write {{type: …}} with one of {', '.join(tags)}" if tags else None
+    if value is None:
+        return "remove the line to get the default"
+    return None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def shown(value: Any) -> str:
+    """A value as it would be written in a config, shortened."""
+    if isinstance(value, dict):
+        return "a table"
+    if isinstance(value, list | tuple):
+        return "a list"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        return f"'{value if len(value) <= 40 else value[:37] + '...'}'"
+    return str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 1e6 else str(value)
