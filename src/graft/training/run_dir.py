@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -112,9 +113,13 @@ class RunDirectory:
         self._write("config.yaml", given)
         self._write("config.resolved.yaml", resolved)
 
-    def write_environment(self) -> dict[str, Any]:
-        """Writes `environment` to ``env.json`` and returns it. Raises ResourceError."""
-        facts = environment()
+    def write_environment(self, runtime: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Writes `environment` to ``env.json`` and returns it. Raises ResourceError.
+
+        Args:
+            runtime: what was decided about how the run computes (device, kernels, precision), kept beside it.
+        """
+        facts = {**environment(), **({"runtime": dict(runtime)} if runtime else {})}
         self._write("env.json", json.dumps(facts, indent=1) + "\n")
         return facts
 
