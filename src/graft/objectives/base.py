@@ -1,0 +1,67 @@
+"""What an objective is: a batch and a model in, sums out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graft.data.batch import IGNORED_TARGET, Batch
+from graft.model import Model
+from graft.ops.cross_entropy import CrossEntropySums, linear_cross_entropy
+from graft.shapes import Float, Int
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Sums, never means: the step divides by denominators it knows before any backward pass.
+
+    Args:
+        main: differentiable sum over the batch's targets; divided by the step's ``num_targets``.
+        aux: differentiable sum over the batch's positions; divided by the step's ``num_positions``. Zero without parts
+            that have auxiliary terms. Never part of perplexity or bits per byte.
+        metrics: detached sums over targets, by name.
+    """
+
+    main: Tensor
+    aux: Tensor
+    metrics: Mapping[str, Tensor]
+
+
+class Objective(ABC):
+    """What is predicted and how the loss is summed."""
+
+    @abstractmethod
+    def loss(self, model: Model, batch: Batch) -> LossTerms:
+        """Runs the model on the batch and sums up its losses."""
+
+
+def aux_total(aux: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """The parts' auxiliary sums added up, zero when there are none.
+
+    A part multiplies its sums by its own coefficients, so that a new kind of term needs nothing here.
+    """
+    return sum(aux.values(), start=torch.zeros_like(like))
+
+
+def predict(
+    model: Model, x_BTD: Float[Tensor, "B T D"], targets_BT: Int[Tensor, "B T"], *, z_loss_coef: float
+) -> CrossEntropySums:
+    """Cross-entropy of the model's head on features, the way the model's runtime settings say."""
+    execution = model.execution
+    return linear_cross_entropy(
+        x_BTD.flatten(0, 1),
+        model.head_weight(),
+        targets_BT.flatten(),
+        bias_V=model.head.bias,
+        vocab_size=model.vocab_size,
+        softcap=model.head.softcap,
+        z_loss_coef=z_loss_coef,
+        ignore_index=IGNORED_TARGET,
+        chunk_bytes=execution.loss_chunk_bytes,
+        compile=execution.compile,
+        kernels=execution.kernels,
+    )
