@@ -22,9 +22,7 @@ removal), ``checkpoint.removing`` (renamed away, not yet deleted).
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import math
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -45,9 +43,9 @@ from graft.training.checkpoint_reader import (
     verified_manifest,
     verify_checkpoint,
 )
+from graft.training.checkpoint_writer import write_folder
 from graft.training.lock import Process
-from graft.training.manifest import MANIFEST, FileEntry, Manifest
-from graft.training.tensor_files import write_tensors
+from graft.training.manifest import MANIFEST, Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -129,11 +127,7 @@ class CheckpointStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _remove_tree(temporary)
-            temporary.mkdir()
-            files = _write_files(temporary, step, tensors, documents)
-            usable_score = score if score is not None and math.isfinite(score) else None
-            durable.write_new(temporary / MANIFEST, Manifest(step, usable_score, files, metadata).to_bytes())
-            durable.sync_folder(temporary)
+            write_folder(temporary, step, tensors, documents, metadata, score)
             fault_point("checkpoint.manifest", step, path=temporary / MANIFEST)
             self._publish(temporary, final, step)
         except OSError as error:
@@ -354,33 +348,6 @@ class CheckpointStore:
                 where=str(self.folder),
                 fix="restore one from a copy, or start again in another run directory (or move this folder away)",
             )
-
-
-def _write_files(
-    folder: Path,
-    step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    documents: Mapping[str, Mapping[str, Any]],
-) -> dict[str, FileEntry]:
-    """Writes and synchronises every file but the manifest; returns their entries."""
-    assert MANIFEST not in {f"{stem}.json" for stem in documents}, "the manifest is not the caller's to write"
-    files: dict[str, FileEntry] = {}
-
-    def written(path: Path) -> None:
-        files[path.name] = FileEntry(path.stat().st_size, durable.digest(path))
-        fault_point(f"checkpoint.file.{len(files)}", step, path=path)
-
-    fault_point("checkpoint.file.0", step)
-    for stem, named in tensors.items():
-        path = folder / f"{stem}.safetensors"
-        write_tensors(path, named)
-        durable.sync_file(path)
-        written(path)
-    for stem, document in documents.items():
-        path = folder / f"{stem}.json"
-        durable.write_new(path, json.dumps(document, allow_nan=False).encode())
-        written(path)
-    return files
 
 
 def _by_score(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
