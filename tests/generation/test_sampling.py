@@ -121,16 +121,18 @@ def test_draw_frequencies_follow_softmax() -> None:
 def test_greedy_is_argmax_and_ignores_the_random_numbers() -> None:
     logits = random_logits(7)
     greedy = SamplingSettings(temperature=0.0)
+    nothing_seen = torch.zeros(5, 37, dtype=torch.bool)
     for u in (0.0, 0.9):
-        assert choose(logits, greedy, torch.full((5,), u)).tolist() == logits.argmax(-1).tolist()
+        assert choose(logits, greedy, torch.full((5,), u), nothing_seen).tolist() == logits.argmax(-1).tolist()
 
 
 def test_low_temperature_approaches_greedy_and_high_temperature_uniform() -> None:
     logits = random_logits(8, batch=1, vocab=4).expand(4000, -1)
     uniform = uniforms(1, [[3]], 4000)[0]
-    cold = choose(logits, SamplingSettings(temperature=1e-3), uniform)
+    nothing_seen = torch.zeros(4000, 4, dtype=torch.bool)
+    cold = choose(logits, SamplingSettings(temperature=1e-3), uniform, nothing_seen)
     assert cold.unique().tolist() == [int(logits[0].argmax())]
-    hot = torch.bincount(choose(logits, SamplingSettings(temperature=1e6), uniform), minlength=4) / 4000
+    hot = torch.bincount(choose(logits, SamplingSettings(temperature=1e6), uniform, nothing_seen), minlength=4) / 4000
     assert hot.sub(0.25).abs().max().item() < 5 * math.sqrt(0.25 * 0.75 / 4000)
 
 

@@ -89,7 +89,7 @@ def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
-    """Nucleus sampling (1904.09751): keeps a token if the more likely ones together have less probability than ``p``."""
+    """Nucleus sampling (1904.09751): keeps a token if the more likely ones together are less likely than ``p``."""
     sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
     probs_BV = sorted_BV.softmax(dim=-1)
     removed_BV = (probs_BV.cumsum(dim=-1) - probs_BV) >= p
@@ -124,20 +124,19 @@ def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
     return torch.searchsorted(cdf_BV, target_B1, right=True).squeeze(-1).clamp_(max=cdf_BV.shape[-1] - 1)
 
 
-def choose(logits_BV: Tensor, settings: SamplingSettings, uniform_B: Tensor, seen_BV: Tensor | None = None) -> Tensor:
+def choose(logits_BV: Tensor, settings: SamplingSettings, uniform_B: Tensor, seen_BV: Tensor) -> Tensor:
     """The next token of every row.
 
     Args:
         logits_BV: the model's logits.
         settings: what to filter and how to choose.
         uniform_B: float64 numbers in [0, 1), one per row (unused when greedy).
-        seen_BV: tokens the repetition penalty acts on; may be None when the penalty is 1.
+        seen_BV: bool, the tokens the repetition penalty acts on.
 
     Returns:
         ``[B]`` int64 token ids.
     """
     if settings.repetition_penalty != 1.0:
-        assert seen_BV is not None
         logits_BV = penalize_repetition(logits_BV, seen_BV, settings.repetition_penalty)
     if settings.greedy:
         return logits_BV.argmax(dim=-1)
