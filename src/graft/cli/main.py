@@ -6,7 +6,7 @@ A verb is one file, ``src/graft/cli/<verb>.py``, and nothing else is edited. The
   (``graft train …``); several make a verb with sub-verbs (``graft data build``). For a single sub-verb also add an
   ``@app.callback()``, or typer folds it into its parent. Docstrings are the help text; the first line is the summary.
 - It imports at its top only the standard library, ``typer``, ``graft.errors`` and ``graft.cli._options`` (the shared
-  arguments, ``--json`` and the consoles). torch, numpy, rich, pydantic configs and the rest of graft are imported inside
+  arguments, ``--json`` and the consoles). torch, numpy, rich, configs and the rest of graft are imported inside
   the function that uses them: ``graft --help`` reads every verb, so one heavy import would slow them all (tested).
 - It takes ``--json`` and then prints exactly one JSON object to stdout; everything meant for people goes to stderr.
 - It raises `GraftError` kinds for whatever a user can cause, and ``typer.Exit(code)`` to end with another exit code. It

@@ -120,7 +120,7 @@ def _document_path(loc: Sequence[str | int], data: Any) -> tuple[Path, bool]:
 
 
 def _names_alternative(key: str | int) -> bool:
-    """Whether ``key`` is pydantic's name of an alternative of a union: ``str``, ``literal[…]``, ``function-after[…]``."""
+    """Whether ``key`` is pydantic's name of an alternative of a union: ``str``, ``literal[…]``, ``function…[…]``."""
     return isinstance(key, str) and (key in ("str", "int", "float", "bool") or re.search(r"[\[\]()]", key) is not None)
 
 

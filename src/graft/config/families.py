@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from graft.config.base import Config, knob
+from graft.config.base import Config, Problem, knob
 from graft.config.registry import Family, register, resolve
 
 
@@ -40,6 +41,10 @@ class PositionConfig(VariantConfig):
     family = "position"
     acts_in: ClassVar[Literal["attention", "embedding", "anywhere"]] = "attention"
 
+    def problems_with(self, head_dim: int) -> Iterator[Problem]:
+        """Problems that depend on the channels per head (H) of the attention around it; the default has none."""
+        yield from ()
+
 
 class LinearConfig(VariantConfig):
     """The kind of the linear maps inside parts."""
@@ -67,6 +72,10 @@ class PartConfig(VariantConfig):
     layer_scale: float | None = knob(
         None, "initial value of a learned per-channel factor on the branch's output (CaiT, 2103.17239); null = none"
     )
+
+    def problems_in(self, hidden_size: int) -> Iterator[Problem]:
+        """Problems that depend on the width of the stream (D) the part reads; the default has none."""
+        yield from ()
 
 
 class TokenMixerConfig(PartConfig):

@@ -1,20 +1,26 @@
 """Per-layer overrides: ``{"0": {attention.sliding_window: 64}, "-1": {1.intermediate_size: 512}, "4-7": {...}}``.
 
 A key selects layers (an index, a negative index, or an inclusive range ``a-b``); each path starts with a part of the
-layer's block, by position or by ``type`` (when that type occurs once), and goes on to one of its fields.
+layer's block, by position or by ``type`` (when that type occurs once), and goes on to one of its fields; a table is
+short for several paths: ``{"0": {attention: {sliding_window: 64, num_heads: 2}}}``. Changing a part's ``type`` replaces
+the part: its old settings are gone. Entries apply in the order they are written.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import ValidationError
 
-from graft.config.base import PROBLEMS_ERROR, Problem
+from graft.config.base import Problem
+from graft.config.explain import explain
 from graft.config.families import PartConfig
+from graft.config.fields import tag_of
+from graft.config.registry import variants
+from graft.config.tree import dotted
 
 if TYPE_CHECKING:
     from graft.config.model import LayerParts, ModelConfig
@@ -22,60 +28,91 @@ if TYPE_CHECKING:
 _SELECTOR = re.compile(r"^(?P<first>-?\d+)(?:-(?P<last>\d+))?$")
 
 
+class OverrideError(ValueError):
+    """An entry of ``model.overrides`` that cannot be applied, with every reason."""
+
+    def __init__(self, reasons: Sequence[str]):
+        self.reasons = reasons
+        super().__init__("; ".join(reasons))
+
+
 def selected_layers(selector: str, num_layers: int) -> range:
-    """The layers a selector names. Raises ValueError with the reason when it names none."""
+    """The layers a selector names. Raises OverrideError with the reason when it names none."""
     match = _SELECTOR.match(selector)
     if match is None:
-        raise ValueError(f"'{selector}' is neither a layer (3, -1) nor a range (4-7)")
+        raise OverrideError([f"'{selector}' is neither a layer (3, -1) nor a range (4-7)"])
     first = int(match["first"])
     first = first + num_layers if first < 0 else first
     last = first if match["last"] is None else int(match["last"])
     if not 0 <= first <= last < num_layers:
-        raise ValueError(f"'{selector}' is outside the {num_layers} layers")
+        raise OverrideError([f"'{selector}' is outside the {num_layers} layers"])
     return range(first, last + 1)
 
 
 def _part_index(key: str, parts: LayerParts) -> int:
     if key.isdigit():
         if int(key) >= len(parts):
-            raise ValueError(f"the block has {len(parts)} parts, there is no part {key}")
+            raise OverrideError([f"the block has {len(parts)} parts, there is no part {key}"])
         return int(key)
-    found = [i for i, part in enumerate(parts) if getattr(part, "type", None) == key]
+    found = [i for i, part in enumerate(parts) if tag_of(type(part)) == key]
     if len(found) != 1:
-        kinds = ", ".join(str(getattr(p, "type", "?")) for p in parts)
-        raise ValueError(f"'{key}' names {len(found)} parts of the block [{kinds}], it must name one")
+        kinds = ", ".join(str(tag_of(type(part))) for part in parts)
+        raise OverrideError([f"'{key}' names {len(found)} parts of the block [{kinds}], it must name one"])
     return found[0]
 
 
 def _set_path(data: dict[str, Any], path: list[str], value: Any) -> None:
     for key in path[:-1]:
         if not isinstance(data.get(key), dict):
-            raise ValueError(f"'{key}' is not a table")
+            raise OverrideError([f"'{'.'.join(path)}' goes through '{key}', which is not a table"])
         data = data[key]
     data[path[-1]] = value
 
 
 def _changed(part: PartConfig, changes: dict[str, Any]) -> PartConfig:
-    data = {**part.model_dump(exclude_unset=True), "type": part.model_dump()["type"]}
-    data = copy.deepcopy(data)
+    tag = changes.get("type", tag_of(type(part)))
+    cls = variants("part").get(tag) if isinstance(tag, str) else None
+    if cls is None:
+        raise OverrideError([f"type: '{tag}' is no known type; one of {', '.join(variants('part'))}"])
+    kept = part.model_dump(exclude_unset=True) if cls is type(part) else {}
+    data: dict[str, Any] = copy.deepcopy({**kept, "type": tag})
     for path, value in changes.items():
         _set_path(data, path.split("."), value)
-    return type(part).model_validate(data)
+    try:
+        return cast(PartConfig, cls.model_validate(data))
+    except ValidationError as error:
+        found = explain(error, cls, data)
+        reasons = [f"{dotted(i.path)}: {i.problem}" + (f"; {i.fix}" if i.fix else "") for i in found]
+        raise OverrideError(reasons) from error
+
+
+def _by_part(entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Part key -> {path within the part: value}."""
+    changes: dict[str, dict[str, Any]] = {}
+    for path, value in entries.items():
+        head, _, rest = path.partition(".")
+        if rest:
+            changes.setdefault(head, {})[rest] = value
+        elif isinstance(value, Mapping):
+            changes.setdefault(head, {}).update(cast(Mapping[str, Any], value))
+        else:
+            raise OverrideError([f"'{path}' names a part but no field; write {path}.<field>"])
+    return changes
 
 
 def apply_overrides(model: ModelConfig, selector: str, layers: list[LayerParts]) -> None:
-    """Applies one entry of ``model.overrides`` to ``layers`` in place. Raises ValueError with the reason."""
-    changes: dict[str, dict[str, Any]] = {}
-    for path, value in model.overrides[selector].items():
-        head, _, rest = path.partition(".")
-        if not rest:
-            raise ValueError(f"'{path}' names a part but no field; write {path}.<field>")
-        changes.setdefault(head, {})[rest] = value
+    """Applies one entry of ``model.overrides`` to ``layers`` in place. Raises OverrideError with the reasons."""
+    changes = _by_part(model.overrides[selector])
+    done: dict[tuple[int, str], PartConfig] = {}  # layers of one block share their parts: each is changed once
     for layer in selected_layers(selector, model.num_layers):
-        parts = list(layers[layer])
+        before = layers[layer]
+        parts = list(before)
         for head, fields in changes.items():
-            i = _part_index(head, layers[layer])
-            parts[i] = _changed(parts[i], fields)
+            i = _part_index(head, before)
+            key = (id(before[i]), head)
+            if key not in done:
+                done[key] = _changed(before[i], fields)
+            parts[i] = done[key]
         layers[layer] = tuple(parts)
 
 
@@ -87,23 +124,24 @@ def layers(model: ModelConfig) -> tuple[LayerParts, ...]:
     return tuple(built)
 
 
-def _reasons(error: ValueError) -> Iterator[str]:
-    if not isinstance(error, ValidationError):
-        yield str(error)
-        return
-    for e in error.errors(include_url=False):
-        if e["type"] == PROBLEMS_ERROR:
-            yield from (p.message for p in e.get("ctx", {})["problems"])
-        else:
-            yield f"{'.'.join(map(str, e['loc']))}: {e['msg']}"
-
-
 def override_problems(model: ModelConfig) -> Iterator[Problem]:
     """What is wrong with ``model.overrides``, one `Problem` each."""
     built = [tuple(model.blocks[name]) for name in model.layer_blocks()]
     for selector in model.overrides:
         try:
             apply_overrides(model, selector, built)
-        except ValueError as error:  # pydantic's ValidationError is one
-            for reason in _reasons(error):
-                yield Problem(("overrides", selector), reason, "see 'graft parts' for the fields of a part")
+        except OverrideError as error:
+            for reason in error.reasons:
+                yield Problem(("overrides", selector), reason)
+    yield from _width_problems(model, built)
+
+
+def _width_problems(model: ModelConfig, built: list[LayerParts]) -> Iterator[Problem]:
+    """What the changed parts say about hidden_size (those of the blocks are judged by the model)."""
+    seen = {id(part) for parts in model.blocks.values() for part in parts}
+    for layer, parts in enumerate(built):
+        for part in parts:
+            if id(part) not in seen:
+                seen.add(id(part))
+                for problem in part.problems_in(model.hidden_size):
+                    yield Problem(("overrides",), f"layer {layer}: {problem.message}", problem.fix)

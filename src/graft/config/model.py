@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
+
+from pydantic import model_validator
 
 from graft.config.base import Config, Problem, knob
 from graft.config.families import Linear, Norm, NormPlacement, Part, PartConfig, Position, TokenMixerConfig
@@ -66,7 +68,10 @@ class ModelConfig(Config):
     hidden_size: int = knob(doc="width of the residual stream (D)", ge=1)
     num_layers: int = knob(doc="physical layers; layout repeats to exactly this many", ge=1, le=100_000)
     loops: int = knob(
-        1, "how often the whole stack runs, with shared weights (Universal Transformer, 1807.03819)", ge=1
+        1,
+        "how often the whole stack runs, with shared weights (Universal Transformer, 1807.03819)",
+        ge=1,
+        le=10_000,
     )
     bidirectional: bool = knob(False, "true: every position sees the whole document (encoder)")
     norm: Norm = knob(doc="norm of every branch and the final norm, unless a part overrides it")
@@ -85,16 +90,35 @@ class ModelConfig(Config):
     init: InitConfig = knob(doc="initialisation", factory=InitConfig)
     linear: Linear | None = knob(None, "kind of the linear maps inside parts; null = dense")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_removed(cls, data: Any) -> Any:
+        """A block or override set to null is removed: how a config drops one that its base has."""
+        if not isinstance(data, dict):
+            return data
+        table = dict(cast(dict[str, Any], data))
+        for name in ("blocks", "overrides"):
+            entries = table.get(name)
+            if isinstance(entries, dict):
+                table[name] = {k: v for k, v in cast(dict[str, Any], entries).items() if v is not None}
+        return table
+
     def problems(self) -> Iterator[Problem]:
         for name, parts in self.blocks.items():
             if not parts:
                 yield Problem(("blocks", name), f"block '{name}' is empty", "give it at least one part")
             if self.bidirectional:
                 yield from self._causal_only(name, parts)
+            yield from self._width_problems(name, parts)
         found = list(self._layout_problems())
         yield from found
         if not found:
             yield from self._override_problems()
+
+    def _width_problems(self, name: str, parts: LayerParts) -> Iterator[Problem]:
+        for i, part in enumerate(parts):
+            for problem in part.problems_in(self.hidden_size):
+                yield Problem(("blocks", name, i, *problem.path), problem.message, problem.fix)
 
     def _causal_only(self, name: str, parts: LayerParts) -> Iterator[Problem]:
         for i, part in enumerate(parts):
@@ -117,14 +141,15 @@ class ModelConfig(Config):
             name = run if isinstance(run, str) else run.block
             if name not in self.blocks:
                 yield Problem(("layout", i), f"'{name}' is no block", f"known blocks: {', '.join(self.blocks)}")
-        period = len(self._period())
+        # counted, not spelled out: a layout may claim any number of layers
+        period = sum(run.repeat if isinstance(run, LayoutRun) else 1 for run in self.layout)
         if period == 0 or self.num_layers % period:
             yield Problem(
                 ("layout",),
                 f"a layout of {period} layers does not repeat to num_layers = {self.num_layers} exactly",
                 "change one so that it divides the other",
             )
-        unused = set(self.blocks) - set(self._period())
+        unused = set(self.blocks) - {run if isinstance(run, str) else run.block for run in self.layout}
         for name in sorted(unused):
             yield Problem(("blocks", name), f"block '{name}' is in no layer", "name it in layout, or remove it")
 

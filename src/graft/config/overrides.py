@@ -1,7 +1,7 @@
 """Dotted overrides from the command line: ``model.hidden_size=256``, ``model.blocks.b.0.num_heads=8``.
 
-An override is a tiny document laid over the config by the rule of `graft.config.merge`, in the order given: the value is
-YAML (``[1, 2]``, ``{type: layer_norm}``, ``1e-4``, ``null``), a changed ``type`` replaces the whole table. Lists are
+An override is a tiny document laid over the config by the rule of `graft.config.merge`, in the order given. The value
+is YAML (``[1, 2]``, ``{type: layer_norm}``, ``1e-4``, ``null``), a changed ``type`` replaces the whole table. Lists are
 indexed by number; the number after the last one appends. Keys that contain dots are quoted:
 ``model.overrides.0."attention.sliding_window"=64``. New keys are allowed: validation judges them.
 """

@@ -1,8 +1,8 @@
 """YAML 1.2 with the place of every key and value.
 
 ruamel.yaml parses; the nodes it composes (text, tag, mark) are turned into values here, because its constructors lose
-the places of scalars and expand aliases without a bound. Beyond the core schema, ``<<`` merges the keys of another table
-(they give way to the ones written out); dates stay text; ``1e-4`` is a number and ``yes`` is text.
+the places of scalars and expand aliases without a bound. Beyond the core schema, ``<<`` merges the keys of another
+table (they give way to the ones written out); dates stay text; ``1e-4`` is a number and ``yes`` is text.
 """
 
 # pyright: basic

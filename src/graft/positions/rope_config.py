@@ -26,6 +26,14 @@ class YarnScaling(Config):
     beta_slow: float = knob(1.0, "rotations below which a frequency is interpolated", gt=0.0)
     attention_factor: float | None = knob(None, "factor on cos and sin; null = 0.1·ln(factor) + 1", gt=0.0)
 
+    def problems(self) -> Iterator[Problem]:
+        if self.beta_fast <= self.beta_slow:
+            yield Problem(
+                ("beta_fast",),
+                f"beta_fast {self.beta_fast} is not above beta_slow {self.beta_slow}",
+                "raise beta_fast or lower beta_slow",
+            )
+
 
 class Llama3Scaling(Config):
     """Llama 3.1's frequency-dependent scaling."""
@@ -41,6 +49,7 @@ class Llama3Scaling(Config):
             yield Problem(
                 ("high_freq_factor",),
                 f"high_freq_factor {self.high_freq_factor} is not above low_freq_factor {self.low_freq_factor}",
+                "raise high_freq_factor or lower low_freq_factor",
             )
 
 
@@ -56,3 +65,16 @@ class RopeConfig(PositionConfig):
     scaling: LinearScaling | YarnScaling | Llama3Scaling | None = knob(
         None, "length scaling: {type: linear | yarn | llama3, …}", discriminator="type"
     )
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """Channels of a head that are rotated (r)."""
+        return int(head_dim * self.partial_rotary_factor)
+
+    def problems_with(self, head_dim: int) -> Iterator[Problem]:
+        r = self.rotary_dim(head_dim)
+        if r < 2 or r % 2:
+            yield Problem(
+                ("partial_rotary_factor",),
+                f"{r} of head_dim {head_dim} channels would be rotated, which is no even number of at least 2",
+                "change head_dim or partial_rotary_factor",
+            )

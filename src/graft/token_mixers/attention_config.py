@@ -43,3 +43,14 @@ class AttentionConfig(TokenMixerConfig):
         if self.position.acts_in == "embedding":
             tag = getattr(self.position, "type", "")
             yield Problem(("position",), f"{tag} acts on embeddings", "set model.embedding.position instead")
+
+    def problems_in(self, hidden_size: int) -> Iterator[Problem]:
+        if self.head_dim is None and hidden_size % self.num_heads:
+            yield Problem(
+                ("num_heads",),
+                f"num_heads {self.num_heads} does not divide hidden_size {hidden_size}",
+                "set head_dim, or another number of heads",
+            )
+            return
+        for problem in self.position.problems_with(self.head_dim or hidden_size // self.num_heads):
+            yield Problem(("position", *problem.path), problem.message, problem.fix)
