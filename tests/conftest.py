@@ -1,0 +1,59 @@
+"""Settings every test runs under: one thread, fixed seeds, deterministic hypothesis, checked shapes."""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+from collections.abc import Iterator
+
+import hypothesis
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+
+import graft.shapes
+
+torch.set_num_threads(1)  # tests run side by side, and tiny tensors gain nothing from more
+
+hypothesis.settings.register_profile("graft", derandomize=True, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("graft")
+
+CHECKED = (
+    "graft.model",
+    "graft.network",
+    "graft.ops",
+    "graft.norms",
+    "graft.linears",
+    "graft.positions",
+    "graft.token_mixers",
+    "graft.channel_mixers",
+    "graft.memories",
+    "graft.objectives",
+)
+"""Modules whose annotated shapes are checked at every call, unless GRAFT_CHECK_SHAPES=0."""
+
+if os.environ.get("GRAFT_CHECK_SHAPES", "1") != "0":
+    graft.shapes.Bool, graft.shapes.Float, graft.shapes.Int = jaxtyping.Bool, jaxtyping.Float, jaxtyping.Int
+    jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def compiling() -> Iterator[None]:
+    """For tests that call torch.compile: shape checks off (they cannot be traced), PyTorch's own warnings let pass."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*script_method", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+        yield
+    torch.compiler.reset()
+    jaxtyping.config.update("jaxtyping_disable", False)
