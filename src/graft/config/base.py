@@ -191,13 +191,26 @@ class Config(BaseModel):
                     )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data (lists, dicts, scalars) with every default written out; `type(self)` decodes it back."""
-        return self.model_dump(mode="json")
+        """Plain data (lists, dicts, scalars) with every default written out; `type(self)` decodes it back.
+
+        Fields keep their order, except that ``type`` comes first.
+        """
+        return _type_first(self.model_dump(mode="json"))
 
     def replace(self, **changes: Any) -> Self:
         """A validated copy with some fields changed. Raises pydantic's ValidationError when the result is not valid."""
         data = {name: getattr(self, name) for name in type(self).model_fields}
         return type(self).model_validate({**data, **changes})
+
+
+def _type_first(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_type_first(v) for v in cast(list[Any], value)]
+    if not isinstance(value, dict):
+        return value
+    table = cast(dict[str, Any], value)
+    head = ["type"] if "type" in table else []
+    return {key: _type_first(table[key]) for key in [*head, *(k for k in table if k != "type")]}
 
 
 def sub_configs(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Config]]:

@@ -1,0 +1,56 @@
+"""Advice about configs that are valid but probably not what was meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from graft.config.experiment import Experiment
+
+
+def warnings(experiment: Experiment) -> list[str]:
+    """One line of advice per oddity: ``field: what it means; what to do``. ``check`` and ``train`` print them."""
+    return [*_windows(experiment), *_schedule(experiment), *_steps(experiment), *_data(experiment)]
+
+
+def _windows(experiment: Experiment) -> Iterator[str]:
+    seq_len = experiment.data.seq_len
+    for name, parts in experiment.model.blocks.items():
+        for i, part in enumerate(parts):
+            window = getattr(part, "sliding_window", None)
+            if window is not None and window >= seq_len:
+                yield (
+                    f"model.blocks.{name}.{i}.sliding_window: a window of {window} is not shorter than data.seq_len "
+                    f"{seq_len}, so training never slides; lower it or remove it"
+                )
+
+
+def _schedule(experiment: Experiment) -> Iterator[str]:
+    count = getattr(experiment.schedule, "num_warmup_steps", None)
+    if count is None:
+        return
+    warmup: int = count(experiment.max_steps, experiment.tokens_per_step)
+    kind = str(getattr(experiment.optimizer, "type", ""))
+    if warmup == 0 and kind in ("adamw", "muon"):
+        yield f"schedule: no warm-up with {kind}, whose first updates are its noisiest; set warmup_steps"
+    if warmup == experiment.max_steps:
+        yield f"schedule: the warm-up of {warmup} steps is the whole run, so the peak is only just reached; shorten it"
+
+
+def _steps(experiment: Experiment) -> Iterator[str]:
+    steps = experiment.max_steps
+    max_tokens = experiment.training.max_tokens
+    if max_tokens is not None and max_tokens % experiment.tokens_per_step:
+        kept = steps * experiment.tokens_per_step
+        yield f"training.max_tokens: {max_tokens} is rounded down to {kept} ({steps} steps)"
+    for section in ("evaluation", "checkpoint"):
+        interval = getattr(experiment, section).interval
+        if interval is not None and interval > steps:
+            yield f"{section}.interval: {interval} is more than the run's {steps} steps, so it never comes round"
+
+
+def _data(experiment: Experiment) -> Iterator[str]:
+    parts = [part for parts in experiment.model.blocks.values() for part in parts]
+    positions = [getattr(part, "position", None) for part in parts]
+    placeless = all(getattr(position, "type", "none") == "none" for position in positions if position is not None)
+    if experiment.model.bidirectional and placeless and experiment.model.embedding.position is None:
+        yield "model: nothing tells positions apart in this encoder (a bag of words); give attention a position"
