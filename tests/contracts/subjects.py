@@ -6,12 +6,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from graft.config.load import load_experiment
 from hypothesis import assume
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from graft.config.experiment import Experiment
+from graft.config.load import load_experiment
 from graft.config.model import ModelConfig
 from graft.contracts.subject import Subject
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from graft.contracts.subject import ContractBroken, Subject, assert_close
 from graft.data.batch import IGNORED_TARGET, Batch
 from graft.initialization import generator_for
-from graft.model import Model
+from graft.model import Model, build_model
+from graft.objectives.base import aux_total, predict
 
 
 def _batch(subject: Subject, rows: slice = slice(None)) -> Batch:
@@ -24,17 +25,26 @@ def _batch(subject: Subject, rows: slice = slice(None)) -> Batch:
     return Batch(ids, targets, segments, None, count, count, tuple(range(len(ids))))
 
 
+def _loss_terms(subject: Subject, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Sums over targets and over positions: the objective's, or (an encoder under a causal one) plain cross-entropy."""
+    if not subject.config.bidirectional:
+        terms = subject.objective.build().loss(model, batch)
+        return terms.main, terms.aux
+    features = model.features(batch.input_ids_BT, segment_ids_BT=batch.segment_ids_BT)
+    sums = predict(model, features.x_BTD, batch.targets_BT, z_loss_coef=0.0)
+    return sums.loss, aux_total(features.aux, sums.loss)
+
+
 def _backward(subject: Subject, model: Model, batches: list[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of one step over micro-batches, with the denominators of the whole step."""
-    objective = subject.objective.build()
     num_targets = sum(b.num_targets for b in batches)
     num_positions = sum(b.num_positions for b in batches)
     model.zero_grad(set_to_none=True)
     torch.manual_seed(subject.seed)  # dropout, if the model is training
     total = torch.zeros((), dtype=torch.float64)
     for batch in batches:
-        terms = objective.loss(model, batch)
-        loss = terms.main / num_targets + terms.aux / num_positions
+        main, aux = _loss_terms(subject, model, batch)
+        loss = main / num_targets + aux / num_positions
         loss.backward()
         total += loss.detach()
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -117,8 +127,6 @@ def same_seed_same_numbers(subject: Subject) -> None:
 
 
 def _states(subject: Subject, seed: int) -> dict[str, Tensor]:
-    from graft.model import build_model
-
     size = subject.config.vocab_size or subject.vocab_size
     return dict(build_model(subject.config, size, seed=seed, device="cpu").state_dict())
 
@@ -147,8 +155,6 @@ def config_round_trip(subject: Subject) -> None:
 
 def counted_equals_built(subject: Subject) -> None:
     """The meta-device build has the parameters of the real one, and active ones are no more than all."""
-    from graft.model import build_model
-
     size = subject.config.vocab_size or subject.vocab_size
     meta = build_model(subject.config, size, seed=0, device="meta")
     counts = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in (meta, subject.model)]
