@@ -166,10 +166,10 @@ def test_the_end_token_of_a_folder(tmp_path: Path) -> None:
     assert FileTokenizerConfig(path=str(tmp_path), end_of_document="<|endoftext|>").build().end_of_document == 0
     with pytest.raises(DataError, match="'nope' is not in the vocabulary"):
         FileTokenizerConfig(path=str(tmp_path), end_of_document="nope").build()
-    with pytest.raises(DataError, match="correct data.tokenizer.path"):
+    with pytest.raises(DataError, match=r"correct data\.tokenizer\.path"):
         FileTokenizerConfig(path=str(tmp_path / "missing")).build()
     (tmp_path / "tokenizer.json").write_text('{"not": "one"}')
-    with pytest.raises(DataError, match="not a tokenizer.json"):
+    with pytest.raises(DataError, match=r"not a tokenizer\.json"):
         FileTokenizerConfig(path=str(tmp_path)).build()
 
 
