@@ -1,1 +1,136 @@
-"""The typed Python API behind the command line."""
+"""The typed Python API behind the command line: ``graft.load``, ``graft.build``, ``graft.train``, ``graft.generate``.
+
+Importing this module is cheap; torch and the rest are imported by the function that needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    import torch
+
+    from graft.config.experiment import Experiment
+    from graft.model import Model
+    from graft.training.run import Run
+
+SAMPLE_PROMPT_TOKENS = 16
+SAMPLE_NEW_TOKENS = 96
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Reads a config file.
+
+    Args:
+        path: YAML, JSON or TOML; ``presets/…`` also finds graft's own.
+        overrides: changes in dotted form, ``model.hidden_size=256``.
+
+    Raises:
+        ConfigError: with every problem of the file and the overrides.
+    """
+    from graft.config.load import load_experiment
+
+    return load_experiment(path, overrides)
+
+
+def build(experiment: Experiment, *, device: torch.device | str = "cpu") -> Model:
+    """The untrained model of an experiment; ``model(input_ids)`` gives logits.
+
+    The vocabulary is ``model.vocab_size``, or the tokenizer's. A tokenizer that is trained on the data has to be
+    trained first: then the data is prepared (and kept in ``runtime.cache_dir``).
+
+    Args:
+        experiment: from `load`.
+        device: where the weights go.
+
+    Raises:
+        ConfigError, DataError: as preparing the data may.
+    """
+    from graft.model import build_model
+
+    return build_model(experiment.model, _vocab_size(experiment), seed=experiment.seed, device=device)
+
+
+def _vocab_size(experiment: Experiment) -> int:
+    from graft.data.prepare import prepare
+
+    if experiment.model.vocab_size is not None:
+        return experiment.model.vocab_size
+    tokenizer = experiment.data.tokenizer.build()
+    return tokenizer.vocab_size if tokenizer.trained else prepare(experiment).vocab_size
+
+
+def train(
+    experiment: Experiment,
+    *,
+    out: str | Path | None = None,
+    resume: str | Path = "never",
+    allow_data_change: bool = False,
+    config_text: str | None = None,
+    stream: TextIO | None = None,
+) -> Run:
+    """Trains, evaluates, samples and saves; everything about the run is in its directory.
+
+    On the main thread SIGTERM and SIGINT finish the step, save and raise `Preempted`; a second one raises `Interrupted`
+    at once. The handlers there were are put back.
+
+    Args:
+        experiment: from `load`.
+        out: run directory; None = ``runtime.output_dir`` / the run's id.
+        resume: ``never`` refuses a directory that holds a run; ``auto`` continues its newest valid checkpoint, or
+            starts; or a checkpoint's folder.
+        allow_data_change: continue although the data is not the checkpoint's.
+        config_text: the config as a person wrote it, kept beside the resolved one.
+        stream: where a person reads; None = stderr.
+
+    Returns:
+        The finished run: ``run.model``, ``run.step``, ``run.best_loss``, ``run.last_evaluation``.
+
+    Raises:
+        Preempted, Interrupted, DivergedError, ResourceError, DataError, CheckpointError, ConfigError.
+    """
+    from graft.config.advice import warnings
+    from graft.training.resume import parse_resume
+    from graft.training.session import Options, train_run
+
+    options = Options(
+        out=None if out is None else Path(out),
+        resume=parse_resume(str(resume)),
+        allow_data_change=allow_data_change,
+        config_text=config_text,
+        advice=warnings(experiment),
+        sampler=None if experiment.model.bidirectional else _sampler(experiment),
+        stream=stream,
+    )
+    return train_run(experiment, options)
+
+
+def _sampler(experiment: Experiment) -> Callable[[Run], list[str]]:
+    """Continuations of nothing and of the first words of held-out rows, the same draws every time."""
+    from graft.data.loader import validation_batches
+    from graft.generation.engine import generate
+    from graft.generation.sampling import SamplingSettings
+
+    settings = SamplingSettings(temperature=0.8, top_k=40, seed=experiment.seed)
+    length = max(1, min(SAMPLE_PROMPT_TOKENS, experiment.data.seq_len // 2))
+    new_tokens = max(1, min(SAMPLE_NEW_TOKENS, experiment.data.seq_len - length))
+
+    def sample(run: Run) -> list[str]:
+        tokenizer = run.prepared.tokenizer
+        rows_BT = next(iter(validation_batches(run.prepared, run.experiment))).input_ids_BT[:2, :length]
+        prompts = [[tokenizer.end_of_document], *rows_BT.tolist()]
+        made = generate(
+            run.model,
+            prompts,
+            settings=settings,
+            max_new_tokens=new_tokens,
+            end_ids=(tokenizer.end_of_document,),
+            vocab_size=tokenizer.vocab_size,
+        )
+        return [
+            f"{tokenizer.decode(list(g.prompt_ids))} |> {tokenizer.decode(list(g.token_ids))}".strip() for g in made
+        ]
+
+    return sample

@@ -107,7 +107,12 @@ class Console:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         terminal = RichConsole(file=self._stream)
-        columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[numbers]}"))
+        columns = (
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[numbers]}"),
+        )
         self._progress = Progress(*columns, console=terminal, refresh_per_second=4)
         self._task = self._progress.add_task("training", total=total, completed=step, numbers="")
         self._progress.start()

@@ -1,4 +1,4 @@
-"""What happens when numbers go wrong: no update from a non-finite loss or gradient, and a diagnosis when it persists."""
+"""What happens when numbers go wrong: no update from a non-finite loss or gradient, and a diagnosis if it lasts."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _outputs_watched(model: nn.Module, found: list[str]) -> Iterator[None]:
     """Appends the name of every module whose output is not finite, in the order in which they finish."""
 
     def watch(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
             if not all(bool(torch.isfinite(t).all()) for t in _tensors(output)):
                 found.append(f"{name or 'the model'} ({type(module).__name__})")
 
@@ -128,6 +128,7 @@ def first_non_finite(run: Any, batches: Sequence[Batch]) -> str:
         run: the `graft.training.run.Run`; only its model and its loss are used.
         batches: the micro-batches of the step.
     """
+    run.model.set_runtime(compile=False)  # compiled layers call no hooks
     broken = non_finite_parameters(run.model)
     if broken:
         return f"parameter {broken[0]} is not finite ({len(broken)} parameters are not)"

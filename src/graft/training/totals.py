@@ -34,7 +34,9 @@ class Totals:
     def of(cls, batches: Sequence[Batch]) -> Totals:
         """The denominators of ``batches``, known before anything is computed from them; no sums yet."""
         return cls(
-            sum(b.num_targets for b in batches), sum(b.num_bytes for b in batches), sum(b.num_positions for b in batches)
+            sum(b.num_targets for b in batches),
+            sum(b.num_bytes for b in batches),
+            sum(b.num_positions for b in batches),
         )
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
@@ -55,8 +57,8 @@ class Totals:
 
         ``loss`` is the cross-entropy in nats per target, ``perplexity`` its exponential and ``bpb`` the same
         cross-entropy in bits per UTF-8 byte (None where the targets stand for no bytes): auxiliary terms never enter
-        them. Every other sum is given as its mean under its own name. Without targets (every step of the window was
-        skipped) the three are None.
+        them. Every other sum is given as its mean under its own name; ``aux`` is left out when it is zero (no part has
+        any). Without targets (every step of the window was skipped) the three are None.
         """
         values = {name: float(value) for name, value in self.sums.items()}
         ce = values.pop("ce", None)
@@ -67,7 +69,7 @@ class Totals:
             means["perplexity"] = math.exp(min(ce / self.num_targets, 700.0))  # exp(710) overflows a double
             means["bpb"] = ce / math.log(2) / self.num_bytes if self.num_bytes else None
         means |= {name: value / self.num_targets for name, value in values.items() if self.num_targets}
-        if aux is not None and self.num_positions:
+        if aux and self.num_positions:
             means["aux"] = aux / self.num_positions
         return means
 

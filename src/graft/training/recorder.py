@@ -1,0 +1,51 @@
+"""Where everything a run says about itself goes: metric lines, events, trackers, and the person who watches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from graft.training.console import Console
+from graft.training.metrics import EventsLog, MetricsLog
+from graft.training.trackers import Trackers
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """The outlets of one run.
+
+    Args:
+        metrics: ``metrics.jsonl``, what two equal runs have in common (and under ``time`` what they have not).
+        events: ``events.jsonl``, what happened: saves, skipped steps, rollbacks, warnings.
+        trackers: TensorBoard and the like.
+        console: the person, and ``train.log``.
+    """
+
+    metrics: MetricsLog
+    events: EventsLog
+    trackers: Trackers
+    console: Console
+
+    def line(self, kind: str, step: int, values: Mapping[str, Any], time: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes a metric line and returns its numbers.
+
+        Args:
+            kind: ``train`` or ``eval``.
+            step: the step it describes.
+            values: what an equal run would have written too.
+            time: what depends on the clock and the machine.
+        """
+        self.metrics.write(step, {"kind": kind, **values}, time=time)
+        numbers = {**values, **{f"time/{name}": value for name, value in time.items()}}
+        self.trackers.log(step, {f"{kind}/{k}": float(v) for k, v in numbers.items() if isinstance(v, int | float)})
+        return {**values, "time": time}
+
+    def event(self, kind: str, step: int, details: Mapping[str, Any]) -> None:
+        """Writes an event."""
+        self.events.write(kind, details, step=step)
+
+    def warn(self, step: int, text: str) -> None:
+        """Tells the person and writes an event."""
+        self.console.warn(text)
+        self.event("warning", step, {"text": text})

@@ -1,0 +1,293 @@
+"""One run from its config to its end: directory, data, model, resume, steps, and an honest last word in status.json."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+from graft.config.experiment import Experiment
+from graft.config.identity import resolved_yaml, run_id
+from graft.data.loader import TrainLoader
+from graft.data.prepare import prepare
+from graft.errors import CheckpointError, DivergedError, GraftError, Interrupted, Preempted
+from graft.model import build_model
+from graft.optimizers.groups import describe_groups
+from graft.training.checkpoint import CheckpointStore, Loaded
+from graft.training.console import Console, short
+from graft.training.hooks import CheckpointHook, EvaluateHook, Hook, LogHook, SampleHook, Sampler
+from graft.training.loop import fit
+from graft.training.memory import out_of_memory
+from graft.training.metrics import EventsLog, MetricsLog
+from graft.training.precision import Precision
+from graft.training.recorder import Recorder
+from graft.training.recovery import Recovery
+from graft.training.resume import Resume, restore_run
+from graft.training.rng import seed_everything
+from graft.training.run import Run
+from graft.training.run_dir import RunDirectory, RunState
+from graft.training.runtime import RuntimeReport, configure_runtime, peak_flops, runtime_restored
+from graft.training.saving import Checkpoints
+from graft.training.signals import StopRequest
+from graft.training.throughput import flops_per_token
+from graft.training.trackers import open_trackers
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is started, beside its config.
+
+    Args:
+        out: run directory; None = ``runtime.output_dir / run_id(experiment)``.
+        resume: see `graft.training.resume.Resume`.
+        allow_data_change: continue on other data than the checkpoint's.
+        config_text: the config as the person wrote it, kept in ``config.yaml``; None = the resolved one.
+        advice: lines to show at the start (what is allowed in the config but probably not meant).
+        sampler: makes the sample texts; None = no samples.
+        stream: where a person reads; None = stderr.
+        finish: called with the run directory after the last save of a finished run (writes the report).
+    """
+
+    out: Path | None = None
+    resume: Resume = "never"
+    allow_data_change: bool = False
+    config_text: str | None = None
+    advice: Sequence[str] = ()
+    sampler: Sampler | None = None
+    stream: TextIO | None = None
+    finish: Callable[[Path], None] | None = None
+
+
+def run_folder(experiment: Experiment, options: Options) -> Path:
+    """Where the run is kept."""
+    return options.out or Path(experiment.runtime.output_dir) / run_id(experiment)
+
+
+def train_run(experiment: Experiment, options: Options) -> Run:
+    """Trains until the end, or raises why not; ``status.json`` says the same as the exception.
+
+    Raises:
+        Preempted: asked to stop; saved, the same command resumes.
+        Interrupted: a second signal; the last checkpoint is valid.
+        DivergedError, ResourceError, DataError, CheckpointError, ConfigError: as their names say.
+    """
+    folder = run_folder(experiment, options)
+    _refuse_existing(folder, options.resume)
+    with RunDirectory.open(folder) as directory, runtime_restored():
+        session = Session(experiment, options, directory)
+        with session.outcome():
+            return session.train()
+
+
+def _refuse_existing(folder: Path, resume: Resume) -> None:
+    """A directory that holds a run is never trained into by accident."""
+    if resume != "never":
+        return
+    status = RunDirectory(folder).read_status()
+    if status is None and not any(folder.glob("checkpoints/step-*")):
+        return
+    how = f"{status.state} at step {status.step}" if status else "unfinished"
+    raise CheckpointError(
+        f"it already holds a run ({how})",
+        where=str(folder),
+        fix="pass --resume auto to continue it, --out to train elsewhere, or remove the folder",
+    )
+
+
+@dataclass
+class Session:
+    """What `train_run` holds open while a run trains."""
+
+    experiment: Experiment
+    options: Options
+    directory: RunDirectory
+    run: Run | None = field(default=None, init=False)
+    console: Console = field(init=False)
+    events: EventsLog = field(init=False)
+    store: CheckpointStore = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.console = Console(self.directory.file("train.log"), self.options.stream)
+        self.events = EventsLog(self.directory.events)
+        settings = self.experiment.checkpoint
+        self.store = CheckpointStore(
+            self.directory.checkpoints,
+            keep_last=settings.keep_last,
+            keep_best=settings.keep_best,
+            report=self.events.write,
+        )
+
+    # ------------------------------------------------------------------ the run
+
+    def train(self) -> Run:
+        """Everything between an open directory and a finished run."""
+        self.directory.write_status("running", 0, "preparing", resumable=False)
+        self._write_config()
+        runtime = configure_runtime(self.experiment.runtime, matmul_shape=_typical_matmul(self.experiment))
+        self.directory.write_environment(runtime.to_dict())
+        self.store.sweep()
+        loaded = self._find_checkpoint()
+        run = self.run = self._build(runtime)
+        with self._recording(loaded) as recorder:
+            self._describe(run)
+            if loaded is not None:
+                restore_run(run, loaded, recorder, allow_data_change=self.options.allow_data_change)
+                self._adopt(loaded, recorder)
+            self._fit(run, recorder)
+        if self.options.finish is not None:
+            self.options.finish(self.directory.path)
+        return run
+
+    def _write_config(self) -> None:
+        resolved = resolved_yaml(self.experiment)
+        self.directory.write_config(self.options.config_text or resolved, resolved)
+
+    def _find_checkpoint(self) -> Loaded | None:
+        resume = self.options.resume
+        return None if resume == "never" else self.store.load(resume)
+
+    def _build(self, runtime: RuntimeReport) -> Run:
+        experiment, device = self.experiment, runtime.device
+        precision = Precision(experiment.precision, device)
+        prepared = prepare(experiment)
+        prepared.tokenizer.save(self.directory.tokenizer)
+        model = build_model(experiment.model, prepared.vocab_size, seed=experiment.seed, device=device)
+        model.set_runtime(
+            compile=experiment.runtime.compile,
+            activation_checkpointing=experiment.runtime.activation_checkpointing,
+            kernels=experiment.runtime.kernels,
+            loss_chunk_bytes=experiment.runtime.loss_chunk_bytes,
+        )
+        seed_everything(experiment.seed)
+        loader = TrainLoader(prepared, experiment)
+        return Run(
+            experiment, model, prepared, loader, device=device, precision=precision, directory=self.directory.path
+        )
+
+    @contextmanager
+    def _recording(self, loaded: Loaded | None) -> Iterator[Recorder]:
+        """Opens the logs at the step the run continues after."""
+        metrics = MetricsLog(self.directory.metrics, resume_step=None if loaded is None else loaded.step)
+        trackers = open_trackers(self.experiment, self.directory.path, self.console.warn)
+        try:
+            yield Recorder(metrics, self.events, trackers, self.console)
+        finally:
+            trackers.close()
+            metrics.close()
+
+    def _adopt(self, loaded: Loaded, recorder: Recorder) -> None:
+        """The run goes on from ``loaded``: what this directory has of later steps is set aside."""
+        self.store.set_aside_after(loaded.step)
+        recorder.event("resumed", loaded.step, {"from": str(loaded.path)})
+        self.console.say(f"resumed at step {loaded.step} from {loaded.path}")
+
+    def _fit(self, run: Run, recorder: Recorder) -> None:
+        experiment = self.experiment
+        checkpoints = Checkpoints(self.store, recorder, max_failed_saves=experiment.checkpoint.max_failed_saves)
+        with StopRequest() as stop, self.console:
+            self.directory.write_status("running", run.step, resumable=checkpoints.any_valid())
+            self.console.start_progress(run.step, run.max_steps)
+            fit(run, self._hooks(run, recorder, checkpoints), Recovery(checkpoints, recorder), stop)
+            if run.step < run.max_steps:
+                assert stop.reason is not None
+                checkpoints.save(run, required=True)
+                raise Preempted(
+                    f"{stop.reason}: saved after step {run.step} of {run.max_steps}",
+                    where=str(self.directory.path),
+                    fix="run the same command with --resume auto to continue",
+                )
+
+    def _hooks(self, run: Run, recorder: Recorder, checkpoints: Checkpoints) -> list[Hook]:
+        """In the order they act: the numbers of a step are logged and scored before the step is saved."""
+        log = LogHook(
+            recorder,
+            flops_per_token=flops_per_token(run.model, run.experiment.data.seq_len),
+            peak_flops=peak_flops(run.device, run.precision.dtype),
+        )
+        hooks: list[Hook] = [log, EvaluateHook(recorder), CheckpointHook(checkpoints)]
+        if self.options.sampler is not None:
+            hooks.append(SampleHook(recorder, self.options.sampler))
+        return hooks
+
+    def _describe(self, run: Run) -> None:
+        """What is about to be trained, on what, updated how."""
+        say, tokens = self.console.say, self.experiment.tokens_per_step
+        say(f"run directory {self.directory.path}")
+        say(f"{short(run.model.num_parameters())} parameters, {run.max_steps} steps of {tokens} tokens")
+        say(f"data fingerprint {run.prepared.fingerprint}, vocabulary {run.prepared.vocab_size}")
+        for row in describe_groups(run.optimizer):
+            say(
+                f"  {row.role:<14} {row.algorithm:<6} {row.num_tensors:>5} tensors {short(row.num_parameters):>7} "
+                f"parameters  lr x {row.lr_multiplier:g}  weight decay {row.weight_decay:g}"
+            )
+        for line in self.options.advice:
+            self.console.warn(line)
+
+    # ------------------------------------------------------------------ how it ends
+
+    @contextmanager
+    def outcome(self) -> Iterator[None]:
+        """Writes how the run ended, whatever happens; turns what the machine says into what a person can use."""
+        bridge = _WarningsTo(self.console)
+        logging.getLogger("graft").addHandler(bridge)
+        try:
+            yield
+            assert self.run is not None
+            self._end("done", "", resumable=False, code=0)
+        except KeyboardInterrupt as error:
+            self._end("interrupted", str(error), resumable=self._resumable(), code=Interrupted.exit_code)
+            raise Interrupted("interrupted; the last checkpoint is valid", where=str(self.directory.path)) from error
+        except GraftError as error:
+            self._end(_state(error), str(error), resumable=self._may_continue(error), code=error.exit_code)
+            raise
+        except Exception as error:
+            known = out_of_memory(error, self.experiment)
+            code = GraftError.exit_code if known is None else known.exit_code
+            reason = f"{type(error).__name__}: {error}" if known is None else str(known)
+            self._end("failed", reason, resumable=self._resumable(), code=code)
+            if known is None:
+                raise
+            raise known from error
+        finally:
+            logging.getLogger("graft").removeHandler(bridge)
+            if self.run is not None:
+                self.run.loader.close()
+            self.events.close()
+
+    def _end(self, state: RunState, reason: str, *, resumable: bool, code: int) -> None:
+        step = self.run.step if self.run is not None else 0
+        self.events.write("ended", {"state": state, "reason": reason}, step=step)
+        self.directory.write_status(state, step, reason, resumable=resumable, exit_code=int(code))
+
+    def _resumable(self) -> bool:
+        return self.store.latest() is not None
+
+    def _may_continue(self, error: GraftError) -> bool:
+        """A diverged run would diverge again: the same command is no way on."""
+        return not isinstance(error, DivergedError) and self._resumable()
+
+
+def _typical_matmul(experiment: Experiment) -> tuple[int, int, int]:
+    """Rows, inner size and columns of a product as the run will make most of: a feed-forward's, roughly."""
+    hidden_size = experiment.model.hidden_size
+    return experiment.micro_batch_size * experiment.data.seq_len, hidden_size, 4 * hidden_size
+
+
+def _state(error: GraftError) -> RunState:
+    if isinstance(error, Preempted):
+        return "preempted"
+    return "diverged" if isinstance(error, DivergedError) else "failed"
+
+
+class _WarningsTo(logging.Handler):
+    """Warnings of graft's modules reach the person and ``train.log``."""
+
+    def __init__(self, console: Console):
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.warn(record.getMessage())
