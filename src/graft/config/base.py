@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Never, Self, cast
+from typing import Any, ClassVar, Never, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic.fields import FieldInfo
@@ -56,8 +56,7 @@ def knob(
         factory: builds a mutable or computed default instead of ``default``.
         constraints: pydantic constraints (``gt``, ``ge``, ``lt``, ``le``, ``min_length``, …).
     """
-    extra = {"only_if": {k: str(v) for k, v in only_if.items()}} if only_if else None
-    kwargs: dict[str, Any] = {"description": doc, "json_schema_extra": extra, **constraints}
+    kwargs: dict[str, Any] = {"description": doc, **constraints}
     info = Field(default_factory=factory, **kwargs) if factory is not None else Field(default, **kwargs)
     if only_if:
         info.metadata.append(OnlyIf(dict(only_if)))
@@ -79,17 +78,27 @@ class OnlyIf:
 
     conditions: dict[str, Any]
 
+    def describe(self) -> str:
+        """The conditions in words: ``router is 'topk' and loops is set``."""
+        return " and ".join(f"{name} is {self._words(wanted)}" for name, wanted in self.conditions.items())
+
+    @staticmethod
+    def _words(wanted: Any) -> str:
+        if wanted is SET:
+            return "set"
+        allowed = cast(tuple[Any, ...], wanted if isinstance(wanted, tuple) else (wanted,))
+        return " or ".join(repr(value) for value in allowed)
+
     def unmet(self, config: BaseModel) -> str | None:
         """The first condition that fails, in words, or None."""
         for name, wanted in self.conditions.items():
             actual = getattr(config, name)
             if wanted is SET:
-                if actual is None or actual is False:
-                    return f"{name} is set (it is {actual!r})"
-                continue
-            allowed = cast(tuple[Any, ...], wanted if isinstance(wanted, tuple) else (wanted,))
-            if actual not in allowed:
-                return f"{name} is {' or '.join(repr(a) for a in allowed)} (it is {actual!r})"
+                met = actual is not None and actual is not False
+            else:
+                met = actual in (wanted if isinstance(wanted, tuple) else (wanted,))
+            if not met:
+                return f"{name} is {self._words(wanted)} (it is {actual!r})"
         return None
 
 
@@ -140,10 +149,20 @@ class Config(BaseModel):
         use_attribute_docstrings=False,
     )
 
+    removable: ClassVar[tuple[str, ...]] = ()
+    """Tables in which an entry set to null is no entry: how a config drops one that its base has."""
+
     @model_validator(mode="before")
     @classmethod
     def _freeze_lists(cls, data: Any) -> Any:
-        return freeze(data)
+        frozen = freeze(data)
+        if cls.removable and isinstance(frozen, dict):
+            table = cast(dict[str, Any], frozen)
+            for name in cls.removable:
+                if isinstance(entries := table.get(name), dict):
+                    table[name] = {k: v for k, v in cast(dict[str, Any], entries).items() if v is not None}
+            return table
+        return frozen
 
     @model_validator(mode="after")
     def _report_problems(self, info: ValidationInfo) -> Self:

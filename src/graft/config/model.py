@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, cast
-
-from pydantic import model_validator
+from typing import Any, ClassVar, Literal
 
 from graft.config.base import Config, Problem, knob
 from graft.config.families import Linear, Norm, NormPlacement, Part, PartConfig, Position, TokenMixerConfig
@@ -64,6 +62,8 @@ class LayoutRun(Config):
 class ModelConfig(Config):
     """A network: embedding, ``num_layers`` layers of parts (run ``loops`` times), final norm, head."""
 
+    removable: ClassVar[tuple[str, ...]] = ("blocks", "overrides")
+
     vocab_size: int | None = knob(None, "rows of the embedding; null = the tokenizer's size", ge=2)
     hidden_size: int = knob(doc="width of the residual stream (D)", ge=1)
     num_layers: int = knob(doc="physical layers; layout repeats to exactly this many", ge=1, le=100_000)
@@ -89,19 +89,6 @@ class ModelConfig(Config):
     head: HeadConfig = knob(doc="output head", factory=HeadConfig)
     init: InitConfig = knob(doc="initialisation", factory=InitConfig)
     linear: Linear | None = knob(None, "kind of the linear maps inside parts; null = dense")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_removed(cls, data: Any) -> Any:
-        """A block or override set to null is removed: how a config drops one that its base has."""
-        if not isinstance(data, dict):
-            return data
-        table = dict(cast(dict[str, Any], data))
-        for name in ("blocks", "overrides"):
-            entries = table.get(name)
-            if isinstance(entries, dict):
-                table[name] = {k: v for k, v in cast(dict[str, Any], entries).items() if v is not None}
-        return table
 
     def problems(self) -> Iterator[Problem]:
         for name, parts in self.blocks.items():

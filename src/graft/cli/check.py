@@ -1,0 +1,64 @@
+"""``graft check``: is a config valid, and what does it cost."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graft.cli._options import Config, Json, Overrides, console, print_json
+
+if TYPE_CHECKING:
+    from graft.config.experiment import Experiment
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def check(
+    config: Config,
+    overrides: Overrides = None,
+    static: Annotated[bool, typer.Option("--static", help="Only read and validate: no torch, no price.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Validate a config, and price it: parameters, FLOPs, memory, decode state."""
+    from graft.config.load import load_experiment
+    from graft.config.report import ConfigProblems
+
+    try:
+        experiment = load_experiment(config, overrides or ())
+    except ConfigProblems as error:
+        if not as_json:
+            raise
+        print_json({"valid": False, "errors": error.to_json()})
+        raise typer.Exit(error.exit_code) from None
+    report = _facts(experiment)
+    text = f"{report['max_steps']} steps of {report['tokens_per_step']} tokens"
+    advice: list[str] = report["warnings"]
+    if not static:
+        from graft.cost import price
+
+        cost = price(experiment)
+        report |= {**cost.to_dict(), "warnings": [*advice, *cost.warnings]}
+        text = cost.render()
+    if as_json:
+        print_json(report)
+        return
+    out = console()
+    out.print(f"{report['id']}: valid\n{text}")
+    for line in advice:
+        out.print(f"warning: {line}", style="yellow")
+
+
+def _facts(experiment: Experiment) -> dict[str, Any]:
+    from graft.config.advice import warnings
+    from graft.config.identity import run_id, semantic_hash
+
+    return {
+        "valid": True,
+        "id": run_id(experiment),
+        "hash": semantic_hash(experiment),
+        "max_steps": experiment.max_steps,
+        "tokens_per_step": experiment.tokens_per_step,
+        "warnings": warnings(experiment),
+    }
