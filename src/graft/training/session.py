@@ -20,6 +20,7 @@ from graft.training.checkpoint import CheckpointStore, Loaded
 from graft.training.console import Console, short
 from graft.training.hooks import CheckpointHook, EvaluateHook, Hook, LogHook, SampleHook, Sampler
 from graft.training.loop import fit
+from graft.training.matmul import peak_flops
 from graft.training.memory import out_of_memory
 from graft.training.metrics import EventsLog, MetricsLog
 from graft.training.precision import Precision
@@ -29,7 +30,7 @@ from graft.training.resume import Resume, restore_run
 from graft.training.rng import seed_everything
 from graft.training.run import Run
 from graft.training.run_dir import RunDirectory, RunState
-from graft.training.runtime import RuntimeReport, configure_runtime, peak_flops, runtime_restored
+from graft.training.runtime import RuntimeReport, configure_runtime, runtime_restored
 from graft.training.saving import Checkpoints
 from graft.training.signals import StopRequest
 from graft.training.throughput import flops_per_token
