@@ -56,10 +56,10 @@ class Process:
             return True
         try:
             os.kill(self.pid, 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):
             return False
-        except (PermissionError, OverflowError):
-            pass
+        except PermissionError:
+            pass  # it exists and belongs to someone else
         born = _born(self.pid)
         return not (self.born and born and self.born != born)
 
