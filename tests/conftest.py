@@ -33,7 +33,7 @@ CHECKED = (
     "graft.memories",
     "graft.objectives",
 )
-"""Modules whose annotated shapes are checked at every call, unless GRAFT_CHECK_SHAPES=0 (custom operators cannot be)."""
+"""Modules whose annotated shapes are checked at every call, unless GRAFT_CHECK_SHAPES=0; custom operators cannot be."""
 
 if os.environ.get("GRAFT_CHECK_SHAPES", "1") != "0":
     graft.shapes.Bool, graft.shapes.Float, graft.shapes.Int = jaxtyping.Bool, jaxtyping.Float, jaxtyping.Int
