@@ -37,4 +37,4 @@ class Mlp(Part):
         return PartOutput(self.down_proj(self.dropout(inner_BTF)))
 
     def flops_per_token(self, seq_len: int) -> float:
-        return linear_flops(self)
+        return float(linear_flops(self))
