@@ -2,43 +2,85 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from graft.ops.attention_banded import BLOCK, banded_attention
 from graft.ops.attention_folded import Scoring, folded_attention
-from graft.ops.attention_mask import Visibility
 from graft.ops.attention_reference import reference_attention
+from graft.ops.attention_terms import Visibility
+from graft.shapes import Float, Int
 
 Kernels = Literal["auto", "reference"]
 """``runtime.kernels``: the fastest kernel that fits, or the plain definition."""
 
-Kernel = Literal["reference", "folded"]
+Kernel = Literal["reference", "folded", "banded", "sdpa"]
+
+FOLDED_BELOW = 512
+"""Query positions from which blocks beat one product over the whole square on a CPU."""
+
+SDPA_FROM = 2048
+"""Query positions from which PyTorch's fused kernel beats the blocks on a CPU: fp32, all keys, no extras."""
 
 
-def choose_kernel(kernels: Kernels) -> Kernel:
-    """The kernel `attention` uses."""
-    return "reference" if kernels == "reference" else "folded"
+def choose_kernel(
+    q_BTNH: Tensor,
+    k_BSKH: Tensor,
+    visibility: Visibility,
+    scoring: Scoring,
+    *,
+    dropout: float = 0.0,
+    kernels: Kernels = "auto",
+) -> Kernel:
+    """The kernel `attention` uses; all agree in values and gradients, and all support dropout.
+
+    ``reference`` on request; ``sdpa`` (PyTorch's fused kernel, which knows only plain or wholly causal attention) on
+    accelerators and for long fp32 sequences; ``banded`` for what is long, or limited by a window over more than one
+    block; ``folded`` for the rest. Shapes alone decide: the same on the meta device as on a CPU.
+    """
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    if kernels == "reference":
+        return "reference"
+    if _fused_can(T, S, visibility, scoring):
+        on_cpu = q_BTNH.device.type in ("cpu", "meta")
+        if not on_cpu or (T >= SDPA_FROM and q_BTNH.dtype == torch.float32 and dropout == 0.0):
+            return "sdpa"
+    limited = visibility.window is not None and visibility.window < S
+    return "banded" if T >= FOLDED_BELOW or (limited and T > BLOCK) else "folded"
+
+
+def _fused_can(T: int, S: int, visibility: Visibility, scoring: Scoring) -> bool:
+    """Whether `torch.nn.functional.scaled_dot_product_attention` can express this without a mask tensor."""
+    if scoring.softcap is not None or scoring.slopes_N is not None or visibility.query_segments_BT is not None:
+        return False
+    if visibility.window is not None:
+        return False
+    return not visibility.causal or (T == S and visibility.offset == 0) or (T == 1 and visibility.offset == S - 1)
 
 
 def attention(
-    q_BTNH: Tensor,
-    k_BSKH: Tensor,
-    v_BSKH: Tensor,
+    q_BTNH: Float[Tensor, "B T N H"],
+    k_BSKH: Float[Tensor, "B S K H"],
+    v_BSKH: Float[Tensor, "B S K H"],
     *,
     scale: float,
     causal: bool,
     sliding_window: int | None = None,
     softcap: float | None = None,
     offset: int | None = None,
-    query_segments_BT: Tensor | None = None,
-    key_segments_BS: Tensor | None = None,
-    slopes_N: Tensor | None = None,
+    query_segments_BT: Int[Tensor, "B T"] | None = None,
+    key_segments_BS: Int[Tensor, "B S"] | None = None,
+    slopes_N: Float[Tensor, " N"] | None = None,
     dropout: float = 0.0,
     kernels: Kernels = "auto",
-) -> Tensor:
+) -> Float[Tensor, "B T N H"]:
     """``softmax(cap(scale·q·k) − slope·|i − j|) v`` over the keys a query may see.
+
+    Under autocast q, k and v are cast to its dtype; softmax statistics are fp32 in every kernel.
 
     Args:
         q_BTNH: queries, N = K·G heads; head n reads key head n // G.
@@ -51,26 +93,58 @@ def attention(
         offset: index of query 0 among the keys; None = S - T (the queries are the last of the keys).
         query_segments_BT: document numbers of the queries, 0 = padding; a query sees its own document alone.
         key_segments_BS: document numbers of the keys; given exactly when the queries' are.
-        slopes_N: fp32 constants, the distance penalty of each head; None = none.
+        slopes_N: constants (no gradient), the distance penalty of each head; None = none.
         dropout: rate of probabilities dropped (the rest is scaled up); 0 outside training.
         kernels: ``reference`` forces the plain definition.
 
     Returns:
-        [B, T, N, H]. A query that sees no key (padding) gives zeros, and zero gradients.
+        In the dtype of q (autocast's under autocast). A query that sees no key (padding) gives zeros, and no gradient.
     """
     assert (query_segments_BT is None) == (key_segments_BS is None), "segments of queries and keys go together"
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-    visibility = Visibility(
-        causal, sliding_window, S - T if offset is None else offset, query_segments_BT, key_segments_BS
+    offset = S - T if offset is None else offset
+    if sliding_window is not None and sliding_window >= max(S, T + offset, S - offset):
+        sliding_window = None  # it hides nothing
+    visibility = Visibility(causal, sliding_window, offset, query_segments_BT, key_segments_BS)
+    scoring = Scoring(scale, softcap, slopes_N)
+    q_BTNH, k_BSKH, v_BSKH = (_autocast(x) for x in (q_BTNH, k_BSKH, v_BSKH))
+    kernel = choose_kernel(q_BTNH, k_BSKH, visibility, scoring, dropout=dropout, kernels=kernels)
+    with _no_autocast(q_BTNH.device):
+        match kernel:
+            case "reference":
+                return reference_attention(q_BTNH, k_BSKH, v_BSKH, visibility, scoring, dropout=dropout)
+            case "folded":
+                return folded_attention(q_BTNH, k_BSKH, v_BSKH, visibility, scoring, dropout=dropout)
+            case "banded":
+                return banded_attention(q_BTNH, k_BSKH, v_BSKH, visibility, scoring, dropout=dropout)
+            case "sdpa":
+                return _sdpa(q_BTNH, k_BSKH, v_BSKH, visibility, scoring, dropout=dropout)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """What autocast makes of an operand of a matrix product."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """The kernels choose dtypes themselves (the meta device knows no autocast)."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def _sdpa(
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, visibility: Visibility, scoring: Scoring, *, dropout: float
+) -> Tensor:
+    """PyTorch's fused kernel, where `_fused_can`. A single query that sees all keys needs no mask."""
+    out_BNTH = F.scaled_dot_product_attention(
+        q_BTNH.transpose(1, 2),
+        k_BSKH.transpose(1, 2),
+        v_BSKH.transpose(1, 2),
+        dropout_p=dropout,
+        is_causal=visibility.causal and q_BTNH.shape[1] > 1,
+        scale=scoring.scale,
+        enable_gqa=True,
     )
-    device_type = q_BTNH.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        q_BTNH, k_BSKH, v_BSKH = q_BTNH.to(dtype), k_BSKH.to(dtype), v_BSKH.to(dtype)
-    with torch.autocast(device_type, enabled=False):
-        if choose_kernel(kernels) == "reference":
-            return reference_attention(
-                q_BTNH, k_BSKH, v_BSKH, visibility, scale=scale, softcap=softcap, slopes_N=slopes_N, dropout=dropout
-            )
-        scoring = Scoring(scale, softcap, slopes_N)
-        return folded_attention(q_BTNH, k_BSKH, v_BSKH, visibility, scoring, dropout=dropout)
+    return out_BNTH.transpose(1, 2)

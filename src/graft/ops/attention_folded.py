@@ -7,39 +7,39 @@ heads with one [S, H] matrix. Best for short sequences on a CPU; the block-wise 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graft.ops.attention_mask import Visibility, distances
+from graft.ops.attention_terms import Scoring, Visibility, distances
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """How q·k becomes a score: ``cap(scale·q·k) − slope·|i − j|``.
+class Penalty(NamedTuple):
+    """What a stretch of keys loses in the scores of a block.
 
     Args:
-        scale: factor on q·k.
-        softcap: c in c·tanh(x/c); None = no cap.
-        slopes_N: [N] constants per query head; None = no distance term.
+        first, last: keys, counted from the block's first.
+        amounts: [B or 1, K or 1, P, G or 1, C] subtracted from the scores: distance terms; half of the dtype's largest
+            number where the key is hidden (which leaves exactly nothing of it after the softmax, and stays finite).
     """
 
-    scale: float
-    softcap: float | None = None
-    slopes_N: Tensor | None = None
+    first: int
+    last: int
+    amounts: Tensor
 
 
 @dataclass(frozen=True)
 class Block:
-    """Queries [start, end) against keys [first, last), with what they may see of each other.
+    """Queries [start, end) against keys [first, last).
 
     Args:
         batch, num_kv_heads, group: B, K, G, to find them again in folded tensors.
-        start, end: query rows.
+        start, end: queries.
         first, last: keys.
-        seen: [1 or B, P, C] bool; None = all is visible.
-        bias: [1, K, P, G, C] subtracted from the scores; None = nothing.
+        penalties: subtracted from the scores; keys in none of them lose nothing.
+        hidden: [1 or B, 1, P, 1, C] pairs whose probability is set to 0, when some query may see no key; else None.
     """
 
     batch: int
@@ -49,8 +49,18 @@ class Block:
     end: int
     first: int
     last: int
-    seen: Tensor | None
-    bias: Tensor | None
+    penalties: tuple[Penalty, ...]
+    hidden: Tensor | None
+
+    @property
+    def keys(self) -> slice:
+        """The block's keys."""
+        return slice(self.first, self.last)
+
+    @property
+    def rows(self) -> slice:
+        """The rows of folded queries that the block covers."""
+        return slice(self.start * self.group, self.end * self.group)
 
     def unfold(self, x: Tensor) -> Tensor:
         """[B·K, P·G, C] seen as [B, K, P, G, C]."""
@@ -60,25 +70,51 @@ class Block:
 def make_block(
     visibility: Visibility, scoring: Scoring, shape: tuple[int, int, int], queries: range, num_keys: int, like: Tensor
 ) -> Block:
-    """The block of some queries with every key they may see.
+    """The block of some queries with every key that any of them may see.
 
     Args:
         visibility: the mask.
         scoring: gives the slopes.
         shape: (B, K, G).
-        queries: the query rows.
+        queries: the query indices.
         num_keys: S.
-        like: gives the device, and the dtype of the bias.
+        like: gives the device, and the dtype of penalties.
     """
-    batch, num_kv_heads, group = shape
-    first, last = visibility.key_range(queries.start, queries.stop, num_keys)
-    seen = visibility.block(queries.start, queries.stop, first, last, like.device)
-    bias = None
+    start, end = queries.start, queries.stop
+    first, last = visibility.key_range(start, end, num_keys)
+    stretches = [(first, last)]
+    if scoring.slopes_N is None and visibility.query_segments_BT is None:
+        common_first, common_last = visibility.common_range(start, end, num_keys)
+        if common_first < common_last:
+            stretches = [(first, common_first), (common_last, last)]
+    penalties = tuple(
+        Penalty(a - first, b - first, amounts)
+        for a, b in stretches
+        if a < b and (amounts := _amounts(visibility, scoring, shape, queries, range(a, b), like)) is not None
+    )
+    hidden = None
+    if not visibility.sees_something(end, num_keys):
+        seen = visibility.block(start, end, first, last, like.device)
+        hidden = None if seen is None else ~seen[:, None, :, None, :]
+    return Block(*shape, start, end, first, last, penalties, hidden)
+
+
+def _amounts(
+    visibility: Visibility, scoring: Scoring, shape: tuple[int, int, int], queries: range, keys: range, like: Tensor
+) -> Tensor | None:
+    """The penalty of some keys (see `Penalty`); None when they have none."""
+    where = (queries.start, queries.stop, keys.start, keys.stop)
+    seen = visibility.block(*where, like.device)
+    amounts = None
     if scoring.slopes_N is not None:
-        away = distances(visibility.offset, queries.start, queries.stop, first, last, like.device)
-        slopes = scoring.slopes_N.view(1, num_kv_heads, 1, group, 1)
-        bias = (slopes * away[None, None, :, None, :]).to(like.dtype)
-    return Block(batch, num_kv_heads, group, queries.start, queries.stop, first, last, seen, bias)
+        wide = torch.promote_types(like.dtype, torch.float32)
+        slopes = scoring.slopes_N.to(wide).view(1, shape[1], 1, shape[2], 1)
+        away = distances(visibility.offset, *where, like.device)
+        amounts = (slopes * away[None, None, :, None, :]).to(like.dtype)
+    if seen is None:
+        return amounts
+    none = amounts if amounts is not None else torch.zeros((), dtype=like.dtype, device=like.device)
+    return torch.where(seen[:, None, :, None, :], none, torch.finfo(like.dtype).max / 2)
 
 
 def fold_queries(q_BTNH: Tensor, num_kv_heads: int) -> Tensor:
@@ -109,13 +145,14 @@ def probabilities(q: Tensor, k: Tensor, block: Block, scoring: Scoring) -> Tenso
     scores = torch.bmm(q, k.transpose(1, 2)) * scoring.scale
     if scoring.softcap is not None:
         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
-    if block.bias is not None:
-        scores = (block.unfold(scores) - block.bias).view_as(scores)
-    if block.seen is None:
-        return torch.softmax(scores, dim=-1)
-    hidden = ~block.seen[:, None, :, None, :]
-    scores = block.unfold(scores).masked_fill(hidden, torch.finfo(scores.dtype).min).view_as(scores)
-    return block.unfold(torch.softmax(scores, dim=-1)).masked_fill(hidden, 0.0).view_as(scores)
+    for first, last, amounts in block.penalties:
+        if last - first == scores.shape[-1]:
+            scores = (block.unfold(scores) - amounts).view_as(scores)
+        else:
+            part = block.unfold(scores[..., first:last].contiguous()) - amounts
+            scores = torch.cat((scores[..., :first], part.flatten(2, 3).flatten(0, 1), scores[..., last:]), dim=-1)
+    p = torch.softmax(scores, dim=-1)
+    return p if block.hidden is None else block.unfold(p).masked_fill(block.hidden, 0.0).view_as(p)
 
 
 def folded_attention(
@@ -130,5 +167,5 @@ def folded_attention(
     K = k_BSKH.shape[2]
     block = make_block(visibility, scoring, (B, K, N // K), range(T), k_BSKH.shape[1], q_BTNH)
     q, k, v = fold_queries(q_BTNH, K), fold_keys(k_BSKH), fold_keys(v_BSKH)
-    p = probabilities(q, k[:, block.first : block.last], block, scoring)
-    return unfold_queries(torch.bmm(F.dropout(p, dropout), v[:, block.first : block.last]), B, N)
+    p = probabilities(q, k[:, block.keys], block, scoring)
+    return unfold_queries(torch.bmm(F.dropout(p, dropout), v[:, block.keys]), B, N)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graft.ops.attention_mask import Visibility, distances
+from graft.ops.attention_terms import Scoring, Visibility, distances
 
 
 def reference_attention(
@@ -14,10 +14,8 @@ def reference_attention(
     k_BSKH: Tensor,
     v_BSKH: Tensor,
     visibility: Visibility,
+    scoring: Scoring,
     *,
-    scale: float,
-    softcap: float | None,
-    slopes_N: Tensor | None,
     dropout: float,
 ) -> Tensor:
     """``softmax(cap(scale·q·k) − slope·|i − j|) v`` over the visible keys; a query that sees none gives zeros.
@@ -31,12 +29,12 @@ def reference_attention(
     dtype = torch.promote_types(q_BTNH.dtype, torch.float32)
     q_BTNH, out_dtype = q_BTNH.to(dtype), q_BTNH.dtype
     k_BSNH, v_BSNH = (x.to(dtype).repeat_interleave(group, dim=2) for x in (k_BSKH, v_BSKH))
-    scores_BNTS = torch.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH) * scale
-    if softcap is not None:
-        scores_BNTS = softcap * torch.tanh(scores_BNTS / softcap)
-    if slopes_N is not None:
+    scores_BNTS = torch.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH) * scoring.scale
+    if scoring.softcap is not None:
+        scores_BNTS = scoring.softcap * torch.tanh(scores_BNTS / scoring.softcap)
+    if scoring.slopes_N is not None:
         away = distances(visibility.offset, 0, T, 0, S, q_BTNH.device)
-        scores_BNTS = scores_BNTS - slopes_N.to(dtype)[:, None, None] * away.to(dtype)
+        scores_BNTS = scores_BNTS - scoring.slopes_N.to(dtype)[:, None, None] * away.to(dtype)
     seen = visibility.block(0, T, 0, S, q_BTNH.device)
     if seen is not None:
         scores_BNTS = scores_BNTS.masked_fill(~seen[:, None], torch.finfo(dtype).min)
