@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,12 @@ class TrainLoader:
 
     def _rows_of_workers(self, first: int) -> Rows:
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(self._workers, initializer=start_worker, initargs=(self.packing,))
+            self._pool = ProcessPoolExecutor(
+                self._workers,
+                mp_context=get_context("spawn"),  # a fork would copy threads' locks and the accelerator's state
+                initializer=start_worker,
+                initargs=(self.packing,),
+            )
         try:
             while len(self._ahead) < self._workers * STEPS_AHEAD:
                 start = self._ahead[-1][0] + self.global_batch_size if self._ahead else first
@@ -95,7 +101,8 @@ class TrainLoader:
             raise DataError(
                 "a process that prepares batches died (killed, or out of memory)",
                 where="runtime.data_workers",
-                fix="resume the run; with runtime.data_workers=0 batches are prepared in the training process",
+                fix="resume the run, or set runtime.data_workers=0 (a script of your own needs "
+                "`if __name__ == '__main__':` around what it does to have workers)",
             ) from error
 
     def state_dict(self) -> dict[str, Any]:

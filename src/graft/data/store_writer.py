@@ -72,6 +72,8 @@ class StoreWriter:
 
     def _next_shard(self) -> None:
         self._sync(self._tokens)
+        if self._tokens is not None:
+            self._tokens.close()
         self.shards.append({"tokens": 0, "documents": 0})
         self._tokens = self._reopen(self._name(-1), 0)
 

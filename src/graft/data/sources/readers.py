@@ -67,8 +67,40 @@ def _decompressed(raw: IO[bytes]) -> IO[bytes]:
         import zstandard
     except ImportError as error:
         raise missing_extra("zstandard", "data", "reading .zst files") from error
-    reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-    return io.BufferedReader(reader, buffer_size=2**20)  # pyright: ignore[reportArgumentType]  # it is a RawIOBase
+    return io.BufferedReader(_Zstd(raw, zstandard.ZstdDecompressor()), buffer_size=2**20)
+
+
+class _Zstd(io.RawIOBase):
+    """The content of a file of zstd frames. Unlike the library's own reader, it notices a cut-off end."""
+
+    def __init__(self, raw: IO[bytes], decompressor: Any):
+        self._raw = raw
+        self._decompressor = decompressor
+        self._frame = decompressor.decompressobj()
+        self._begun = False
+        self._compressed = self._plain = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._plain:
+            if not self._compressed:
+                self._compressed = self._raw.read(2**17)
+            if not self._compressed:
+                if self._begun and not self._frame.eof:
+                    raise DataError(
+                        "the file is cut off: its zstd data does not end", where=self._raw.name, fix="copy it again"
+                    )
+                return 0
+            if self._frame.eof:
+                self._frame = self._decompressor.decompressobj()
+            self._plain = self._frame.decompress(self._compressed)
+            self._begun = True
+            self._compressed = self._frame.unused_data if self._frame.eof else b""
+        count = min(len(buffer), len(self._plain))
+        buffer[:count], self._plain = self._plain[:count], self._plain[count:]
+        return count
 
 
 def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
