@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Never, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, ValidationInfo, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError
 
 PROBLEMS_ERROR = "graft_problems"
 """pydantic error type whose ``ctx['problems']`` lists `Problem`s, each with a path relative to the error's ``loc``."""
@@ -208,6 +208,14 @@ class Config(BaseModel):
                         f"{name} does nothing here: it acts only if {unmet}",
                         fix=f"remove {name}, or change what it depends on",
                     )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        from graft.config.schema import complete  # which needs the whole tree of configs
+
+        schema = handler(core_schema)
+        complete(handler.resolve_ref_schema(schema), cls)
+        return schema
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (lists, dicts, scalars) with every default written out; `type(self)` decodes it back.

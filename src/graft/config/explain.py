@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -47,6 +48,7 @@ class Issue:
         fix: what to do, or None.
         kind: "unknown key", "value", "missing", or "physics": decides how a repair treats it (`graft.config.load`).
         rename: for an unknown key, the known key it is probably meant to be.
+        replacement: for a wrong value, the value it is probably meant to be.
     """
 
     path: Path
@@ -54,6 +56,7 @@ class Issue:
     fix: str | None = None
     kind: str = "value"
     rename: str | None = None
+    replacement: Any = None
 
 
 @dataclass(frozen=True)
@@ -157,9 +160,9 @@ def _unknown_key(path: Path, root: type[Config], data: Any) -> Issue:
     key = str(path[-1])
     cls = class_at(root, path[:-1], data)
     known = list(cls.model_fields) if cls is not None else []
-    close = get_close_matches(key, known, n=1)
+    close = _closest(key, known)
     if close:
-        return Issue(path, "unknown key", f"did you mean '{close[0]}'?", "unknown key", close[0])
+        return Issue(path, "unknown key", f"did you mean '{close}'?", "unknown key", close)
     elsewhere = [name for name, info in root.model_fields.items() if _has_field(info.annotation, key, data.get(name))]
     if elsewhere:
         fix = f"'{key}' belongs to {' or '.join(elsewhere)}"
@@ -190,13 +193,19 @@ def _doc(path: Path, root: type[Config], data: Any) -> str | None:
 def _unknown_type(e: _Error, root: type[Config], data: Any) -> Issue:
     known = list(choices(annotation_at(root, e.path, data)))
     tag = str(e.context["tag"])
-    return Issue((*e.path, "type"), f"'{tag}' is no known type", _suggestion(tag, known))
+    fix = _suggestion(tag, known)
+    return Issue((*e.path, "type"), f"'{tag}' is no known type", fix, replacement=_closest(tag, known))
 
 
-def _suggestion(value: Any, known: Sequence[str]) -> str:
-    close = get_close_matches(str(value), known, n=1)
+def _closest(value: Any, known: Sequence[str]) -> str | None:
+    close = get_close_matches(value, known, n=1) if isinstance(value, str) else []
+    return close[0] if close else None
+
+
+def _suggestion(value: str, known: Sequence[str]) -> str:
+    close = _closest(value, known)
     options = f"one of {', '.join(known)}" if len(known) > 1 else f"only {', '.join(known)} is allowed"
-    return f"did you mean '{close[0]}'? ({options})" if close else options
+    return f"did you mean '{close}'? ({options})" if close else options
 
 
 def _literals(e: _Error) -> list[str]:
@@ -221,38 +230,38 @@ def _wrong_kind(errors: list[_Error], root: type[Config], data: Any) -> Issue:
     if literals:
         words.insert(0, ("one of " if len(literals) > 1 else "") + ", ".join(literals))
     problem = f"must be {' or '.join(dict.fromkeys(words))}, not {shown(value)}"
-    return Issue(errors[0].path, problem, _kind_hint(value, words, literals, errors[0].path, root, data))
+    fix, meant = _meant(value, words, literals, choices(annotation_at(root, errors[0].path, data)))
+    return Issue(errors[0].path, problem, fix, replacement=meant)
 
 
-def _kind_hint(
-    value: Any, words: list[str], literals: list[str], path: Path, root: type[Config], data: Any
-) -> str | None:
-    """What to do about a value of the wrong kind, for the mistakes people make."""
-    if isinstance(value, str) and literals:
-        close = get_close_matches(value, literals, n=1)
-        return f"did you mean '{close[0]}'?" if close else None
-    if isinstance(value, str) and "true or false" in words and value.lower() in ("yes", "no", "on", "off"):
-        return f"write {'true' if value.lower() in ('yes', 'on') else 'false'} (YAML 1.2 reads {value} as text)"
-    if isinstance(value, str) and any("number" in word for word in words) and _is_number(value):
-        return "remove the quotes"
+def _meant(value: Any, words: list[str], literals: list[str], tags: Mapping[str, Any]) -> tuple[str | None, Any]:
+    """What to do about a value of the wrong kind, for common mistakes; and the value that was meant, if clear."""
+    if isinstance(value, str):
+        return _meant_by_text(value, words, literals, tags)
     if isinstance(value, float) and "a whole number" in words and value.is_integer():
-        return f"write {int(value)}"
-    if isinstance(value, str) and "a table" in words:
-        tags = choices(annotation_at(root, path, data))
-        if value in tags:
-            return f"write {{type: {value}}}"
-        return f"write {{type: …}} with one of {', '.join(tags)}" if tags else None
+        return f"write {int(value)}", int(value)
     if value is None:
-        return "remove the line to get the default"
-    return None
+        return "remove the line to get the default", None
+    return None, None
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def _meant_by_text(
+    value: str, words: list[str], literals: list[str], tags: Mapping[str, Any]
+) -> tuple[str | None, Any]:
+    if literals:
+        close = _closest(value, literals)
+        return (f"did you mean '{close}'?", close) if close else (None, None)
+    if "true or false" in words and value.lower() in ("yes", "no", "on", "off"):
+        meant = value.lower() in ("yes", "on")
+        return f"write {shown(meant)} (YAML 1.2 reads {value} as text)", meant
+    if "a table" in words and tags:
+        fix = f"write {{type: {value}}}" if value in tags else f"write {{type: …}} with one of {', '.join(tags)}"
+        return fix, {"type": value} if value in tags else None
+    for kind, word in ((int, "a whole number"), (float, "a number")):
+        if word in words:
+            with contextlib.suppress(ValueError):
+                return "remove the quotes", kind(value)
+    return None, None
 
 
 def shown(value: Any) -> str:

@@ -94,8 +94,8 @@ def _load_plugins(root: Node, folders: Sequence[FilePath]) -> list[Located]:
 def _issues(data: Any) -> tuple[list[Issue], Experiment | None]:
     """Everything wrong with ``data``, and the experiment when nothing is.
 
-    Cross-field rules need a whole config. When fields are wrong, the rules are checked on a repaired copy (unknown keys
-    renamed or dropped, bad values left to their defaults), and what they say about a repaired field is left out.
+    Cross-field rules need a whole config. When fields are wrong, the rules are checked on a repaired copy (what was
+    probably meant, else the default), and what they say about a repaired field is left out.
     """
     issues, experiment = _decode(data)
     if experiment is not None and not issues:
@@ -134,7 +134,7 @@ def _section_issues(data: Any) -> list[Issue]:
 
 
 def _repair(data: Any, issues: Sequence[Issue]) -> tuple[Any, set[Path]]:
-    """A copy of ``data`` with wrong keys renamed or dropped and wrong values dropped, and the paths of the dropped."""
+    """A copy of ``data`` with wrong keys and values replaced by what was probably meant, or dropped; and where."""
     copied = copy.deepcopy(data)
     touched: set[Path] = set()
     for issue in issues:
@@ -147,14 +147,17 @@ def _repair(data: Any, issues: Sequence[Issue]) -> tuple[Any, set[Path]]:
         value = table.pop(issue.path[-1])
         if issue.rename is not None and issue.rename not in table:
             table[issue.rename] = value
-        else:
-            touched.add(issue.path)
+            continue
+        if issue.replacement is not None:
+            table[issue.path[-1]] = issue.replacement
+        touched.add(issue.path)
     return copied, touched
 
 
 def _about(issue: Issue, touched: set[Path]) -> bool:
     """Whether a problem may be the work of the repair: it is about a repaired field, or speaks of one."""
     return any(
-        issue.path[: len(path)] == path or re.search(rf"\b{re.escape(str(path[-1]))}\b", issue.problem)
+        issue.path[: len(path)] == path
+        or (path[-1] != "type" and re.search(rf"\b{re.escape(str(path[-1]))}\b", issue.problem))
         for path in touched
     )

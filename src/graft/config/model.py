@@ -124,8 +124,8 @@ class ModelConfig(Config):
                     ("layout",), f"there are {len(self.blocks)} blocks and no layout", "name each layer's block"
                 )
             return
-        for i, run in enumerate(self.layout):
-            name = run if isinstance(run, str) else run.block
+        named = [run if isinstance(run, str) else run.block for run in self.layout]
+        for i, name in enumerate(named):
             if name not in self.blocks:
                 yield Problem(("layout", i), f"'{name}' is no block", f"known blocks: {', '.join(self.blocks)}")
         # counted, not spelled out: a layout may claim any number of layers
@@ -136,8 +136,8 @@ class ModelConfig(Config):
                 f"a layout of {period} layers does not repeat to num_layers = {self.num_layers} exactly",
                 "change one so that it divides the other",
             )
-        unused = set(self.blocks) - {run if isinstance(run, str) else run.block for run in self.layout}
-        for name in sorted(unused):
+        unused = set(self.blocks) - set(named)
+        for name in sorted(unused) if set(named) <= set(self.blocks) else ():  # a misspelt name explains itself
             yield Problem(("blocks", name), f"block '{name}' is in no layer", "name it in layout, or remove it")
 
     def _period(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ editor with yaml-language-server read it). Cross-field rules are not in it: ``gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 from graft.config.base import Config, OnlyIf
@@ -26,9 +26,6 @@ def config_schema() -> dict[str, Any]:
     schema = Experiment.model_json_schema(ref_template=_DEFS + "{model}")
     definitions = cast(dict[str, Any], schema.pop("$defs"))
     definitions["Experiment"] = schema
-    classes = {cls.__name__: cls for cls in _config_classes(Config)}
-    for name, definition in definitions.items():
-        _complete(definition, classes[name])
     full = {name: _map_tables(definition, _tidy) for name, definition in definitions.items()}
     partial = {_PARTIAL + name: _map_tables(definition, _loosen) for name, definition in full.items()}
     base = {"type": "string", "description": "config to start from: a path from this file, or presets/…"}
@@ -45,14 +42,9 @@ def config_schema() -> dict[str, Any]:
     }
 
 
-def _config_classes(cls: type[Config]) -> Iterator[type[Config]]:
-    for child in cls.__subclasses__():
-        yield child
-        yield from _config_classes(child)
-
-
-def _complete(definition: dict[str, Any], cls: type[Config]) -> None:
-    """Adds what pydantic leaves out: computed defaults, conditions, the tag as a must, null for removed entries."""
+def complete(definition: dict[str, Any], cls: type[Config]) -> None:
+    """Adds to the definition of one config class what pydantic leaves out: computed defaults, conditions, the tag as a
+    must, null for removed entries. `Config` calls it while pydantic makes the schema."""
     properties: dict[str, Any] = definition.get("properties", {})
     for name, info in cls.model_fields.items():
         entry = properties[name]

@@ -73,7 +73,7 @@ def _explain(error: MarkedYAMLError) -> tuple[str, str | None]:
         return "a ':' where no key can be", "check the indentation, or put quotes around text that contains ': '"
     if "undefined alias" in problem:
         return problem, "define the anchor (&name) before it is used (*name)"
-    if "expected a single document" in problem:
+    if "but found another document" in problem:
         return "the file holds more than one YAML document", "remove the '---' lines"
     return f"not YAML: {problem}" + (f" {error.context}" if error.context else ""), None
 
