@@ -15,12 +15,13 @@ from graft.data.batch import Batch
 from graft.model import build_model
 from graft.training.precision import Precision
 from graft.training.run import Run
+from graft.training.state import flatten_state
 
 CPU = torch.device("cpu")
 WORDS = ("the", "a", "cat", "dog", "sees", "hears", "red", "small", "tree", "house", "river", "and", "or", "then")
 
 
-def write_text(path: Path, *, documents: int = 60, seed: int = 0) -> Path:
+def write_text(path: Path, *, documents: int = 24, seed: int = 0) -> Path:
     """A few kilobytes of paragraphs made of `WORDS`, the same every time."""
     draw = random.Random(seed)
     path.write_text("\n\n".join(" ".join(draw.choices(WORDS, k=draw.randint(8, 24))) for _ in range(documents)))
@@ -124,3 +125,10 @@ def assert_same_weights(one: Run, other: Run) -> None:
     assert mine.keys() == theirs.keys()
     different = [name for name in mine if not torch.equal(mine[name], theirs[name])]
     assert not different
+
+
+def assert_same_state(one: Run, other: Run) -> None:
+    """Everything a checkpoint keeps is bit for bit the same: weights, optimizer, generators, data position, counters."""
+    (mine, my_document), (theirs, their_document) = flatten_state(one.state_dict()), flatten_state(other.state_dict())
+    assert my_document == their_document
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []

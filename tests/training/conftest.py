@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 import tiny_run
 
 
 @pytest.fixture
-def tiny(tmp_path):
+def tiny(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no test cuts the power, and waiting for disks is slow
+
     def make(*overrides):
         return tiny_run.tiny(tmp_path, *overrides)
 

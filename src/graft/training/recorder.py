@@ -12,20 +12,38 @@ from graft.training.trackers import Trackers
 
 
 @dataclass(frozen=True)
-class Recorder:
-    """The outlets of one run.
+class Notices:
+    """What happens beside the numbers.
 
     Args:
-        metrics: ``metrics.jsonl``, what two equal runs have in common (and under ``time`` what they have not).
-        events: ``events.jsonl``, what happened: saves, skipped steps, rollbacks, warnings.
+        events: ``events.jsonl``: saves, skipped steps, rollbacks, warnings.
+        console: the person who watches, and ``train.log``.
+    """
+
+    events: EventsLog
+    console: Console
+
+    def event(self, kind: str, step: int, details: Mapping[str, Any]) -> None:
+        """Writes an event."""
+        self.events.write(kind, details, step=step)
+
+    def warn(self, step: int, text: str) -> None:
+        """Tells the person and writes an event."""
+        self.console.warn(text)
+        self.event("warning", step, {"text": text})
+
+
+@dataclass(frozen=True)
+class Recorder(Notices):
+    """All outlets of a run in training.
+
+    Args:
+        metrics: ``metrics.jsonl``: what two equal runs have in common (and under ``time`` what they have not).
         trackers: TensorBoard and the like.
-        console: the person, and ``train.log``.
     """
 
     metrics: MetricsLog
-    events: EventsLog
     trackers: Trackers
-    console: Console
 
     def line(self, kind: str, step: int, values: Mapping[str, Any], time: Mapping[str, Any]) -> dict[str, Any]:
         """Writes a metric line and returns its numbers.
@@ -40,12 +58,3 @@ class Recorder:
         numbers = {**values, **{f"time/{name}": value for name, value in time.items()}}
         self.trackers.log(step, {f"{kind}/{k}": float(v) for k, v in numbers.items() if isinstance(v, int | float)})
         return {**values, "time": time}
-
-    def event(self, kind: str, step: int, details: Mapping[str, Any]) -> None:
-        """Writes an event."""
-        self.events.write(kind, details, step=step)
-
-    def warn(self, step: int, text: str) -> None:
-        """Tells the person and writes an event."""
-        self.console.warn(text)
-        self.event("warning", step, {"text": text})

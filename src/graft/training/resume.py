@@ -17,7 +17,7 @@ from graft.config.experiment import SEMANTIC_FIELDS, Experiment
 from graft.config.identity import config_diff
 from graft.errors import CheckpointError, ConfigError, DataError
 from graft.training.checkpoint import Loaded
-from graft.training.recorder import Recorder
+from graft.training.recorder import Notices
 from graft.training.run import Run
 from graft.training.saving import EXPERIMENT, WEIGHTS, machine, unpack
 from graft.training.tensor_files import require_same_tensors
@@ -43,13 +43,13 @@ def parse_resume(text: str) -> Resume:
     return Path(text)
 
 
-def restore_run(run: Run, loaded: Loaded, recorder: Recorder, *, allow_data_change: bool) -> None:
+def restore_run(run: Run, loaded: Loaded, notices: Notices, *, allow_data_change: bool) -> None:
     """Puts a checkpoint's state into a freshly built run, after checking that it belongs to it.
 
     Args:
         run: built from the config that is given now.
         loaded: the checkpoint.
-        recorder: is told of every difference.
+        notices: is told of every difference.
         allow_data_change: accept other data than the checkpoint's; its data position then means nothing and the new
             data is read from its start.
 
@@ -67,12 +67,12 @@ def restore_run(run: Run, loaded: Loaded, recorder: Recorder, *, allow_data_chan
             fix="restore the data, or pass --allow-data-change to go on with the new data from its start",
         )
     changes = _config_changes(run, loaded)
-    _report_config_changes(changes, loaded, recorder)
+    _report_config_changes(changes, loaded, notices)
     state = unpack(loaded)
     if not same_data or any(path.startswith(ORDER_FIELDS) for path, _, _ in changes):
         state["data"] = run.loader.state_dict()
-        recorder.warn(loaded.step, "the rows are not the checkpoint's any more: reading the data from its start")
-    _report_machine_changes(loaded, recorder)
+        notices.warn(loaded.step, "the rows are not the checkpoint's any more: reading the data from its start")
+    _report_machine_changes(loaded, notices)
     run.load_state_dict(state)
 
 
@@ -107,17 +107,17 @@ def _config_changes(run: Run, loaded: Loaded) -> list[Change]:
     return [change for change in changes if change[0].split(".")[0] in SEMANTIC_FIELDS]
 
 
-def _report_config_changes(changes: list[Change], loaded: Loaded, recorder: Recorder) -> None:
+def _report_config_changes(changes: list[Change], loaded: Loaded, notices: Notices) -> None:
     if not changes:
         return
     for path, old, new in changes:
-        recorder.console.say(f"config changed since the checkpoint: {path}: {old} -> {new} (the config wins)")
+        notices.console.say(f"config changed since the checkpoint: {path}: {old} -> {new} (the config wins)")
     details = [{"path": path, "checkpoint": old, "config": new} for path, old, new in changes]
-    recorder.event("config_changed", loaded.step, {"changes": details})
+    notices.event("config_changed", loaded.step, {"changes": details})
 
 
-def _report_machine_changes(loaded: Loaded, recorder: Recorder) -> None:
+def _report_machine_changes(loaded: Loaded, notices: Notices) -> None:
     saved = loaded.manifest.metadata
     changed = [f"{name} {saved.get(name)} -> {now}" for name, now in machine().items() if saved.get(name) != now]
     if changed:
-        recorder.warn(loaded.step, f"not bit-exact from here on: {', '.join(changed)} since the checkpoint")
+        notices.warn(loaded.step, f"not bit-exact from here on: {', '.join(changed)} since the checkpoint")

@@ -20,17 +20,16 @@ from graft.training.checkpoint import CheckpointStore, Loaded
 from graft.training.console import Console, short
 from graft.training.hooks import CheckpointHook, EvaluateHook, Hook, LogHook, SampleHook, Sampler
 from graft.training.loop import fit
-from graft.training.matmul import peak_flops
 from graft.training.memory import out_of_memory
 from graft.training.metrics import EventsLog, MetricsLog
 from graft.training.precision import Precision
-from graft.training.recorder import Recorder
+from graft.training.recorder import Notices, Recorder
 from graft.training.recovery import Recovery
 from graft.training.resume import Resume, restore_run
 from graft.training.rng import seed_everything
 from graft.training.run import Run
 from graft.training.run_dir import RunDirectory, RunState
-from graft.training.runtime import RuntimeReport, configure_runtime, runtime_restored
+from graft.training.runtime import RuntimeReport, configure_runtime, peak_flops, runtime_restored
 from graft.training.saving import Checkpoints
 from graft.training.signals import StopRequest
 from graft.training.throughput import flops_per_token
@@ -106,55 +105,61 @@ class Session:
     options: Options
     directory: RunDirectory
     run: Run | None = field(default=None, init=False)
-    console: Console = field(init=False)
-    events: EventsLog = field(init=False)
+    notices: Notices = field(init=False)
     store: CheckpointStore = field(init=False)
+    _step: int = field(default=0, init=False)
+    """Where the run starts from."""
 
     def __post_init__(self) -> None:
-        self.console = Console(self.directory.file("train.log"), self.options.stream)
-        self.events = EventsLog(self.directory.events)
+        console = Console(self.directory.file("train.log"), self.options.stream)
+        self.notices = Notices(EventsLog(self.directory.events), console)
         settings = self.experiment.checkpoint
         self.store = CheckpointStore(
             self.directory.checkpoints,
             keep_last=settings.keep_last,
             keep_best=settings.keep_best,
-            report=self.events.write,
+            report=self.notices.events.write,
         )
 
     # ------------------------------------------------------------------ the run
 
     def train(self) -> Run:
         """Everything between an open directory and a finished run."""
-        self.directory.write_status("running", 0, "preparing", resumable=False)
-        self._write_config()
         runtime = configure_runtime(self.experiment.runtime, matmul_shape=_typical_matmul(self.experiment))
-        self.directory.write_environment(runtime.to_dict())
         self.store.sweep()
         loaded = self._find_checkpoint()
+        self.directory.write_status("running", self._step, "preparing", resumable=loaded is not None)
         run = self.run = self._build(runtime)
-        with self._recording(loaded) as recorder:
-            self._describe(run)
-            if loaded is not None:
-                restore_run(run, loaded, recorder, allow_data_change=self.options.allow_data_change)
-                self._adopt(loaded, recorder)
+        self._describe(run)
+        if loaded is not None:
+            restore_run(run, loaded, self.notices, allow_data_change=self.options.allow_data_change)
+            self._go_on_from(loaded)
+        self._write_files(run, runtime)
+        with self._recording() as recorder:
             self._fit(run, recorder)
         if self.options.finish is not None:
             self.options.finish(self.directory.path)
         return run
 
-    def _write_config(self) -> None:
-        resolved = resolved_yaml(self.experiment)
-        self.directory.write_config(self.options.config_text or resolved, resolved)
-
     def _find_checkpoint(self) -> Loaded | None:
         resume = self.options.resume
-        return None if resume == "never" else self.store.load(resume)
+        loaded = None if resume == "never" else self.store.load(resume)
+        if loaded is None and resume == "auto":
+            self.notices.console.say("there is no checkpoint to resume from: starting at step 0")
+        self._step = 0 if loaded is None else loaded.step
+        return loaded
+
+    def _write_files(self, run: Run, runtime: RuntimeReport) -> None:
+        """What the directory says about the run; not before it is certain that the run goes on here."""
+        resolved = resolved_yaml(self.experiment)
+        self.directory.write_config(self.options.config_text or resolved, resolved)
+        self.directory.write_environment(runtime.to_dict())
+        run.prepared.tokenizer.save(self.directory.tokenizer)
 
     def _build(self, runtime: RuntimeReport) -> Run:
         experiment, device = self.experiment, runtime.device
         precision = Precision(experiment.precision, device)
         prepared = prepare(experiment)
-        prepared.tokenizer.save(self.directory.tokenizer)
         model = build_model(experiment.model, prepared.vocab_size, seed=experiment.seed, device=device)
         model.set_runtime(
             compile=experiment.runtime.compile,
@@ -169,28 +174,29 @@ class Session:
         )
 
     @contextmanager
-    def _recording(self, loaded: Loaded | None) -> Iterator[Recorder]:
+    def _recording(self) -> Iterator[Recorder]:
         """Opens the logs at the step the run continues after."""
-        metrics = MetricsLog(self.directory.metrics, resume_step=None if loaded is None else loaded.step)
-        trackers = open_trackers(self.experiment, self.directory.path, self.console.warn)
+        notices = self.notices
+        trackers = open_trackers(self.experiment, self.directory.path, lambda text: notices.warn(self._step, text))
+        metrics = MetricsLog(self.directory.metrics, resume_step=self._step or None)
         try:
-            yield Recorder(metrics, self.events, trackers, self.console)
+            yield Recorder(notices.events, notices.console, metrics, trackers)
         finally:
             trackers.close()
             metrics.close()
 
-    def _adopt(self, loaded: Loaded, recorder: Recorder) -> None:
-        """The run goes on from ``loaded``: what this directory has of later steps is set aside."""
+    def _go_on_from(self, loaded: Loaded) -> None:
+        """What this directory has of steps later than ``loaded`` is set aside."""
         self.store.set_aside_after(loaded.step)
-        recorder.event("resumed", loaded.step, {"from": str(loaded.path)})
-        self.console.say(f"resumed at step {loaded.step} from {loaded.path}")
+        self.notices.event("resumed", loaded.step, {"from": str(loaded.path)})
+        self.notices.console.say(f"resumed at step {loaded.step} from {loaded.path}")
 
     def _fit(self, run: Run, recorder: Recorder) -> None:
         experiment = self.experiment
         checkpoints = Checkpoints(self.store, recorder, max_failed_saves=experiment.checkpoint.max_failed_saves)
-        with StopRequest() as stop, self.console:
+        with StopRequest() as stop, self.notices.console as console:
             self.directory.write_status("running", run.step, resumable=checkpoints.any_valid())
-            self.console.start_progress(run.step, run.max_steps)
+            console.start_progress(run.step, run.max_steps)
             fit(run, self._hooks(run, recorder, checkpoints), Recovery(checkpoints, recorder), stop)
             if run.step < run.max_steps:
                 assert stop.reason is not None
@@ -215,7 +221,7 @@ class Session:
 
     def _describe(self, run: Run) -> None:
         """What is about to be trained, on what, updated how."""
-        say, tokens = self.console.say, self.experiment.tokens_per_step
+        say, tokens = self.notices.console.say, self.experiment.tokens_per_step
         say(f"run directory {self.directory.path}")
         say(f"{short(run.model.num_parameters())} parameters, {run.max_steps} steps of {tokens} tokens")
         say(f"data fingerprint {run.prepared.fingerprint}, vocabulary {run.prepared.vocab_size}")
@@ -225,14 +231,14 @@ class Session:
                 f"parameters  lr x {row.lr_multiplier:g}  weight decay {row.weight_decay:g}"
             )
         for line in self.options.advice:
-            self.console.warn(line)
+            self.notices.console.warn(line)
 
     # ------------------------------------------------------------------ how it ends
 
     @contextmanager
     def outcome(self) -> Iterator[None]:
         """Writes how the run ended, whatever happens; turns what the machine says into what a person can use."""
-        bridge = _WarningsTo(self.console)
+        bridge = _WarningsTo(self.notices.console)
         logging.getLogger("graft").addHandler(bridge)
         try:
             yield
@@ -256,11 +262,11 @@ class Session:
             logging.getLogger("graft").removeHandler(bridge)
             if self.run is not None:
                 self.run.loader.close()
-            self.events.close()
+            self.notices.events.close()
 
     def _end(self, state: RunState, reason: str, *, resumable: bool, code: int) -> None:
-        step = self.run.step if self.run is not None else 0
-        self.events.write("ended", {"state": state, "reason": reason}, step=step)
+        step = self.run.step if self.run is not None and self.run.step else self._step
+        self.notices.event("ended", step, {"state": state, "reason": reason})
         self.directory.write_status(state, step, reason, resumable=resumable, exit_code=int(code))
 
     def _resumable(self) -> bool:
