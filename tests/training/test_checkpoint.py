@@ -11,11 +11,12 @@ import torch
 
 from graft.errors import CheckpointError
 from graft.training import checkpoint as checkpoint_module
+from graft.training import tensor_files
 from graft.training.checkpoint import CheckpointStore
 from graft.training.checkpoint_reader import read_checkpoint, verify_checkpoint
 from graft.training.lock import Process
 from graft.training.manifest import Manifest
-from graft.training.tensor_files import compare_tensors, require_same_tensors
+from graft.training.tensor_files import compare_tensors, read_tensors, require_same_tensors
 
 
 def save(store, step, score=None, value=None):
@@ -212,6 +213,14 @@ def test_a_named_checkpoint_that_is_not_there_is_an_error(store, missing):
     save(store, 1)
     with pytest.raises(CheckpointError, match=r"no such checkpoint|manifest\.json is missing"):
         store.load(store.folder / missing)
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 8 + b"{}", b"PK\x03\x04" + bytes(100)])
+def test_what_is_no_safetensors_file_is_refused_before_it_is_opened(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(tensor_files, "load_file", lambda path: pytest.fail("opened"))
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.safetensors is .*no safetensors file"):
+        read_tensors(tmp_path / "x.safetensors")
 
 
 def test_differences_name_every_tensor():
