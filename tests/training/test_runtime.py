@@ -277,6 +277,13 @@ def test_the_address_space_limit_is_read(monkeypatch: pytest.MonkeyPatch):
     assert list(runtime_module._address_space_limit()) == []
 
 
+def test_a_system_without_resource_limits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runtime_module, "resource", None)
+    assert list(runtime_module._address_space_limit()) == []
+    monkeypatch.setattr(Path, "read_text", lambda *a, **k: "")
+    assert peak_memory_bytes() is None
+
+
 def test_peak_memory_grows_with_what_is_touched_and_stays(monkeypatch: pytest.MonkeyPatch):
     gc.collect()
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 if sys.platform == "linux" else 0

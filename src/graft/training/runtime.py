@@ -6,7 +6,6 @@ import ctypes
 import math
 import os
 import re
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 from graft.config.experiment import RuntimeConfig
 from graft.errors import ConfigError, ResourceError
@@ -267,11 +271,13 @@ def memory_limit_bytes(device: torch.device | None = None) -> int | None:
 
 
 def _physical_memory() -> Iterator[int]:
-    if {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= os.sysconf_names.keys():
+    if {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= getattr(os, "sysconf_names", {}).keys():
         yield os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _address_space_limit() -> Iterator[int]:
+    if resource is None:
+        return
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft != resource.RLIM_INFINITY:
         yield soft
@@ -300,8 +306,11 @@ def _cgroup_limits(membership: Path = Path("/proc/self/cgroup"), root: Path = Pa
                 yield int(text)
 
 
-def peak_memory_bytes(device: torch.device | None = None) -> int:
-    """The most memory used so far: allocated by PyTorch on a GPU, resident in this process on the host (default)."""
+def peak_memory_bytes(device: torch.device | None = None) -> int | None:
+    """The most memory used so far: allocated by PyTorch on a GPU, resident in this process on the host (default).
+
+    None when the system does not say.
+    """
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -311,5 +320,7 @@ def peak_memory_bytes(device: torch.device | None = None) -> int:
     found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
     if found:  # getrusage's figure survives exec, so it may be the parent process's
         return int(found[1]) * 1024
+    if resource is None:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
