@@ -92,6 +92,7 @@ def problems() -> Callable[..., list[str]]:
 @pytest.fixture
 def registry_restored() -> Iterator[None]:
     """Forgets the variants a test registers."""
+    registry.discover()  # or the built-in variants would be forgotten with them
     before = {family: dict(members) for family, members in registry._variants.items()}
     yield
     for family, members in before.items():

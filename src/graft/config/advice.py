@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from graft.config.experiment import Experiment
+from graft.config.families import PartConfig
 
 
 def warnings(experiment: Experiment) -> list[str]:
@@ -14,14 +15,23 @@ def warnings(experiment: Experiment) -> list[str]:
 
 def _windows(experiment: Experiment) -> Iterator[str]:
     seq_len = experiment.data.seq_len
+    named = {id(part): f"model.blocks.{name}.{i}.sliding_window" for name, i, part in _parts(experiment)}
+    seen: set[int] = set()
+    for layer, parts in enumerate(experiment.model.layers()):
+        for part in parts:
+            window = getattr(part, "sliding_window", None)
+            if window is not None and window >= seq_len and id(part) not in seen:
+                seen.add(id(part))
+                yield (
+                    f"{named.get(id(part), f'model layer {layer}')}: a window of {window} is not shorter than "
+                    f"data.seq_len {seq_len}, so training never slides; lower it or remove it"
+                )
+
+
+def _parts(experiment: Experiment) -> Iterator[tuple[str, int, PartConfig]]:
     for name, parts in experiment.model.blocks.items():
         for i, part in enumerate(parts):
-            window = getattr(part, "sliding_window", None)
-            if window is not None and window >= seq_len:
-                yield (
-                    f"model.blocks.{name}.{i}.sliding_window: a window of {window} is not shorter than data.seq_len "
-                    f"{seq_len}, so training never slides; lower it or remove it"
-                )
+            yield name, i, part
 
 
 def _schedule(experiment: Experiment) -> Iterator[str]:
@@ -49,8 +59,7 @@ def _steps(experiment: Experiment) -> Iterator[str]:
 
 
 def _data(experiment: Experiment) -> Iterator[str]:
-    parts = [part for parts in experiment.model.blocks.values() for part in parts]
-    positions = [getattr(part, "position", None) for part in parts]
+    positions = [getattr(part, "position", None) for _, _, part in _parts(experiment)]
     placeless = all(getattr(position, "type", "none") == "none" for position in positions if position is not None)
     if experiment.model.bidirectional and placeless and experiment.model.embedding.position is None:
         yield "model: nothing tells positions apart in this encoder (a bag of words); give attention a position"
