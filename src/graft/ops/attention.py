@@ -131,7 +131,9 @@ def _autocast(x: Tensor) -> Tensor:
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """The kernels choose dtypes themselves (the meta device knows no autocast)."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _sdpa(

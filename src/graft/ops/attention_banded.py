@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from graft.ops.attention_folded import (
     Block,
@@ -195,3 +196,27 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _banded.register_autograd(_backward, setup_context=_keep)
+
+
+def _pair_flops(products: int, q: Any, k: Any, _v: Any, _batch: int, *settings: Any) -> int:
+    """``products`` matrix products over the pairs that blocks compute, hidden ones inside a block's range included."""
+    group, causal, window, offset = settings[:4]
+    visibility = Visibility(causal, window, offset)
+    num_queries, pairs = q[1] // group, 0
+    for start in range(0, num_queries, BLOCK):
+        end = min(start + BLOCK, num_queries)
+        first, last = visibility.key_range(start, end, k[1])
+        pairs += (end - start) * (last - first)
+    return products * 2 * q[0] * group * q[2] * pairs
+
+
+@register_flop_formula(torch.ops.graft.banded_attention)
+def _forward_flops(*arguments: Any, **_: Any) -> int:
+    """For PyTorch's FLOP counter: scores and outputs."""
+    return _pair_flops(2, *arguments)
+
+
+@register_flop_formula(torch.ops.graft.banded_attention_backward)
+def _backward_flops(_d_out: Any, *arguments: Any, **_: Any) -> int:
+    """For PyTorch's FLOP counter: scores again, and the gradients of v, probabilities, q and k."""
+    return _pair_flops(5, *arguments)

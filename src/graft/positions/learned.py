@@ -10,6 +10,7 @@ from graft.errors import ConfigError
 from graft.initialization import Rng, normal_
 from graft.positions.base import EmbeddingPosition
 from graft.positions.learned_config import LearnedPositionConfig
+from graft.shapes import Float, Int
 
 
 class LearnedPosition(EmbeddingPosition):
@@ -36,7 +37,7 @@ class LearnedPosition(EmbeddingPosition):
         """Fills the table."""
         normal_(self.weight, self.init_std, rng("weight"))
 
-    def forward(self, positions_BT: Tensor) -> Tensor:
+    def forward(self, positions_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         """int64 positions [B, T] to vectors [B, T, D].
 
         Raises:

@@ -10,6 +10,7 @@ from torch import Tensor
 from graft.errors import ConfigError
 from graft.positions.base import TablePosition, Tables
 from graft.positions.rope_config import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
+from graft.shapes import Float, Int
 
 
 def inverse_frequencies(config: RopeConfig, rotary_dim: int, device: torch.device) -> Tensor:
@@ -97,14 +98,14 @@ class Rope(TablePosition):
             )
         self.table_key = f"rope/{self.rotary_dim}/{config.model_dump_json()}"
 
-    def tables(self, positions_BT: Tensor) -> Tables:
+    def tables(self, positions_BT: Int[Tensor, "B T"]) -> Tables:
         """cos and sin, each [B, T, 1, r/2] fp32 (the 1 stands for the heads)."""
         frequencies = inverse_frequencies(self.config, self.rotary_dim, positions_BT.device)
         angles = positions_BT[:, :, None, None].float() * frequencies
         factor = attention_factor(self.config)
         return angles.cos() * factor, angles.sin() * factor
 
-    def encode(self, x_BTNH: Tensor, tables: Tables) -> Tensor:
+    def encode(self, x_BTNH: Float[Tensor, "B T N H"], tables: Tables) -> Float[Tensor, "B T N H"]:
         """[B, T, N, H] with the first r channels of each head rotated."""
         cos, sin = tables
         first, second, rest = x_BTNH.tensor_split([self.rotary_dim // 2, self.rotary_dim], dim=-1)

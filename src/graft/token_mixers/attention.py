@@ -11,6 +11,7 @@ from graft.initialization import Rng
 from graft.ops.attention import Kernels, attention
 from graft.part import Context, Part, PartOutput, Site, State, linear_flops
 from graft.positions.base import AttentionPosition, tables_for
+from graft.shapes import Float
 from graft.token_mixers.attention_config import AttentionConfig
 from graft.token_mixers.kv_state import KVState, empty_state, extend
 
@@ -37,7 +38,9 @@ class ValueResidual(nn.Module):
         nn.init.constant_(self.own, 0.5)
         nn.init.constant_(self.first, 0.5)
 
-    def forward(self, v_BTKH: Tensor, first_BTKH: Tensor) -> Tensor:
+    def forward(
+        self, v_BTKH: Float[Tensor, "B T K H"], first_BTKH: Float[Tensor, "B T _K _H"]
+    ) -> Float[Tensor, "B T K H"]:
         """The mixed values [B, T, K, H]. Raises ConfigError when the two layers' heads differ in number or size."""
         if v_BTKH.shape != first_BTKH.shape:
             here, there = tuple(v_BTKH.shape[2:]), tuple(first_BTKH.shape[2:])
@@ -105,7 +108,7 @@ class Attention(Part):
             )
         return site.hidden_size // config.num_heads
 
-    def forward(self, x_BTD: Tensor, ctx: Context, state: KVState | None = None) -> PartOutput:
+    def forward(self, x_BTD: Float[Tensor, "B T D"], ctx: Context, state: KVState | None = None) -> PartOutput:
         """[B, T, D] to [B, T, D]; see `graft.part.Part`. Decoding is causal only."""
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, ctx)
         published: dict[str, Tensor] = {}

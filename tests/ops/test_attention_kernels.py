@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from graft.ops import attention_banded
 from graft.ops.attention import FOLDED_BELOW, SDPA_FROM, attention, choose_kernel
@@ -212,6 +213,19 @@ def test_the_window_decides_the_work(monkeypatch):
     one_pass = sum(16 * (b - max(0, b - 16 - window + 1)) for b in range(16, T + 1, 16))
     assert sum(counted) == 2 * one_pass, "forward, and once more in the backward pass"
     assert max(counted) == 16 * (16 + window - 1)
+
+
+def test_the_flop_counter_sees_what_blocks_compute():
+    q, k, v = random_qkv(B=3, T=1000, N=4, K=2, H=8, dtype=torch.float32)
+    block, T, window = attention_banded.BLOCK, 1000, 200
+    ends = [*range(block, T, block), T]
+    pairs = sum((e - s) * (e - max(0, s - window + 1)) for s, e in zip(range(0, T, block), ends, strict=True))
+    with FlopCounterMode(display=False) as forward:
+        out = attention(q, k, v, scale=1.0, causal=True, sliding_window=window)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    assert forward.get_total_flops() == 2 * 2 * 3 * 4 * 8 * pairs
+    assert backward.get_total_flops() == 2 * 5 * 3 * 4 * 8 * pairs
 
 
 @pytest.mark.parametrize("T", [40, 600])
