@@ -17,8 +17,8 @@ from graft.ops import attention_banded
 from graft.ops.attention import FOLDED_BELOW, SDPA_FROM, attention, choose_kernel
 from graft.ops.attention_banded import banded_attention
 from graft.ops.attention_folded import folded_attention
+from graft.ops.attention_mask import Scoring, Visibility
 from graft.ops.attention_reference import reference_attention
-from graft.ops.attention_terms import Scoring, Visibility
 
 FAST = {"folded": folded_attention, "banded": banded_attention}
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from graft.ops.attention_banded import BLOCK, banded_attention
 from graft.ops.attention_folded import Scoring, folded_attention
+from graft.ops.attention_mask import Visibility
 from graft.ops.attention_reference import reference_attention
-from graft.ops.attention_terms import Visibility
 from graft.shapes import Float, Int
 
 Kernels = Literal["auto", "reference"]

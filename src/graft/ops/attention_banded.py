@@ -24,7 +24,7 @@ from graft.ops.attention_folded import (
     probabilities,
     unfold_queries,
 )
-from graft.ops.attention_terms import Scoring, Visibility
+from graft.ops.attention_mask import Scoring, Visibility
 
 BLOCK = 128
 """Query positions per block (P). Smaller blocks waste fewer masked pairs, larger ones make better matrix products."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graft.ops.attention_terms import Scoring, Visibility, distances
+from graft.ops.attention_mask import Scoring, Visibility, distances
 
 
 class Penalty(NamedTuple):
