@@ -202,6 +202,17 @@ def test_a_whole_checkpoint_is_hashed_once(store, monkeypatch):
     assert hashed == [f"step-{step:08d}" for step in (1, 2, 3)]
 
 
+def test_damage_after_it_was_hashed_is_still_seen(store):
+    for step in (1, 2):
+        save(store, step)
+    assert steps(store) == [1, 2]
+    weights = store.folder / "step-00000002" / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert steps(store) == [1]
+    assert store.latest() == store.folder / "step-00000001"
+
+
 def test_tied_weights_given_twice_are_each_stored(store):
     shared = torch.ones(2)
     store.save(1, {"model": {"a": shared, "b": shared}}, {}, {})
