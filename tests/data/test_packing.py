@@ -22,7 +22,7 @@ LENGTHS = st.lists(st.integers(0, 23), min_size=2, max_size=14)
 GOLDEN = [0, 1, 5, 4, 2, 7, 6, 3]
 """permutation(8, 0, 0, "rows"): runs must find their data order again with every version of numpy."""
 
-SLOW_SETUP = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+SLOW_SETUP = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 
 
 def numbered_store(tmp_path_factory: pytest.TempPathFactory, lengths: list[int]) -> TokenStore:

@@ -42,7 +42,7 @@ def test_the_type_is_the_smallest_that_holds_the_vocabulary(tmp_path: Path) -> N
         assert store.document(0).tolist() == [0, last]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=12)
 @given(
     documents=st.lists(st.lists(st.integers(1, 99), max_size=6), min_size=1, max_size=12),
     cuts=st.lists(st.integers(0, 12), max_size=3),
