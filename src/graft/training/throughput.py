@@ -19,16 +19,27 @@ def outer_parts(module: nn.Module) -> Iterator[Part]:
             yield from outer_parts(child)
 
 
+def head_flops(model: Model) -> int:
+    """Forward FLOPs of the head per position: 2·D·V, padded rows included because they are computed."""
+    return 2 * model.head_weight().numel()
+
+
+def forward_flops_per_token(model: Model, seq_len: int) -> float:
+    """Matrix-product FLOPs of one forward pass per position of a document of ``seq_len`` (multiply and add = 2).
+
+    Every part (once per loop, visible pairs only) and the head; the embedding's look-up costs none.
+    """
+    parts = model.config.loops * sum(part.flops_per_token(seq_len) for part in outer_parts(model))
+    return parts + head_flops(model)
+
+
 def flops_per_token(model: Model, seq_len: int) -> float:
     """Matrix-product FLOPs of training on one position of a document of ``seq_len``.
 
-    Forward: every part (once per loop, visible pairs only) and the head, 2 per multiply-add; the embedding's look-up
-    costs none. The backward pass takes twice the forward's. Recomputation (activation checkpointing) is not counted:
-    it is work a faster implementation would not do.
+    The backward pass takes twice the forward's. Recomputation (activation checkpointing) is not counted: it is work a
+    faster implementation would not do.
     """
-    parts = model.config.loops * sum(part.flops_per_token(seq_len) for part in outer_parts(model))
-    head = 2 * model.head_weight().numel()
-    return 3.0 * (parts + head)
+    return 3.0 * forward_flops_per_token(model, seq_len)
 
 
 class Stopwatch:

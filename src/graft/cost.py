@@ -1,1 +1,0 @@
-"""What a config costs before it runs."""

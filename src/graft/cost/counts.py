@@ -1,0 +1,84 @@
+"""Parameters, FLOPs and decode state of a model, counted part by part."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from graft.config.roles import Role
+from graft.model import Model
+from graft.part import Part, parameter_roles
+
+
+@dataclass(frozen=True)
+class PartCost:
+    """One part at one physical layer.
+
+    Args:
+        name: where it is in the model.
+        type: its variant.
+        parameters: its parameters.
+        active_parameters: those that take part in computing one position.
+        forward_flops_per_token: FLOPs per position of one forward pass, every loop counted.
+        state_bytes: decode state per sequence of ``seq_len`` positions, every loop counted.
+    """
+
+    name: str
+    type: str
+    parameters: int
+    active_parameters: int
+    forward_flops_per_token: float
+    state_bytes: int
+
+
+def outermost_parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Part]]:
+    """Every part that is not inside another part, with its name."""
+    if isinstance(module, Part):
+        yield prefix, module
+        return
+    for name, child in module.named_children():
+        yield from outermost_parts(child, f"{prefix}.{name}" if prefix else name)
+
+
+def part_costs(model: Model, seq_len: int, state_dtype: torch.dtype) -> list[PartCost]:
+    """The cost of each part of ``model`` for documents of ``seq_len`` positions."""
+    loops = model.config.loops
+    return [
+        PartCost(
+            name=name,
+            type=str(getattr(part.config, "type", type(part).__name__)),
+            parameters=sum(p.numel() for p in part.parameters()),
+            active_parameters=part.active_parameters(),
+            forward_flops_per_token=loops * part.flops_per_token(seq_len),
+            state_bytes=loops * part.state_bytes(seq_len, state_dtype),
+        )
+        for name, part in outermost_parts(model)
+    ]
+
+
+def parameters_by_role(model: Model) -> dict[Role, int]:
+    """Parameters of each role that occurs; a tied tensor counts once."""
+    roles = parameter_roles(model)
+    counts: Counter[Role] = Counter()
+    for name, parameter in model.named_parameters():
+        counts[roles[name]] += parameter.numel()
+    return dict(counts)
+
+
+def parameters_by_part(model: Model) -> dict[str, int]:
+    """Parameters of each kind of part; what belongs to no part (embedding, norms, head) goes by its role.
+
+    The values add up to all parameters.
+    """
+    owner = {id(p): part for _, part in outermost_parts(model) for p in part.parameters()}
+    roles = parameter_roles(model)
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        part = owner.get(id(parameter))
+        kind = str(getattr(part.config, "type", type(part).__name__)) if part is not None else roles[name]
+        counts[kind] += parameter.numel()
+    return dict(counts)
