@@ -32,7 +32,7 @@ from typer.core import TyperGroup
 import graft.cli
 from graft.errors import ExitCode, GraftError
 
-_UsageError = typer.BadParameter.__bases__[0]
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 """typer exports only this subclass of "the command line is wrong" (and ships its own copy of click)."""
 
 
@@ -136,10 +136,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         given = list(sys.argv[1:] if arguments is None else arguments)
         result = _top().main(args=given or ["--help"], prog_name="graft", standalone_mode=False)
         sys.stdout.flush()
+        if result == ExitCode.INTERRUPTED:  # typer turns Ctrl-C into this code, silently
+            return _fail("interrupted", ExitCode.INTERRUPTED)
         return result if isinstance(result, int) else ExitCode.DONE
     except _UsageError as error:  # wrong options: never worth a traceback
         return _wrong_usage(error)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort):  # outside a verb; older typers inside one too
         return _fail("interrupted", ExitCode.INTERRUPTED)
     except BrokenPipeError:  # the reader (head, less) went away: nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

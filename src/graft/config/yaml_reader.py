@@ -15,6 +15,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
 from graft.config.report import one_problem
@@ -52,9 +53,8 @@ def _compose(text: str, shown: str, fixed_place: Place | None) -> Any:
     yaml = YAML(typ="rt")
     yaml.allow_duplicate_keys = True  # reported by `_Reader`, with the place of both
     try:
+        _check_nesting(text, shown, fixed_place)
         return yaml.compose(text)
-    except RecursionError:
-        raise one_problem(shown, "the values nest too deep", f"at most {MAX_DEPTH} levels") from None
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem, fix = _explain(error)
@@ -63,6 +63,18 @@ def _compose(text: str, shown: str, fixed_place: Place | None) -> Any:
     except YAMLError as error:  # characters YAML forbids
         reason = str(error).splitlines()[0]
         raise one_problem(shown, f"not YAML: {reason}", "remove the special character") from error
+
+
+def _check_nesting(text: str, shown: str, fixed_place: Place | None) -> None:
+    """Stops at the first value that nests too deep: composing would recurse, and scan ever slower, all the way down."""
+    depth = 0
+    for event in YAML(typ="rt").parse(text):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            mark = event.start_mark
+            at = (None, None) if fixed_place else (mark.line + 1, mark.column + 1)
+            fix = f"at most {MAX_DEPTH} levels"
+            raise one_problem(shown, "the values nest too deep", fix, line=at[0], col=at[1])
 
 
 def _explain(error: MarkedYAMLError) -> tuple[str, str | None]:
