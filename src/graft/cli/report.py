@@ -1,0 +1,28 @@
+"""``graft report``: a run as one HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graft.cli._options import Json, console, print_json
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run directory.")], as_json: Json = False) -> None:
+    """Write report.html into a run directory: curves, baselines, samples, config, environment."""
+    from graft.report.page import RunRecord, comparison, write_report
+
+    path = write_report(run)
+    scores = comparison(RunRecord.read(run))
+    if as_json:
+        print_json({"report": str(path), "bits_per_byte": scores})
+        return
+    out = console()
+    for name, bpb in sorted(scores.items(), key=lambda item: item[1]):
+        out.print(f"{bpb:8.4f} bits per byte  {name}")
+    out.print(str(path))
