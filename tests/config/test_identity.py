@@ -173,7 +173,7 @@ def experiments() -> st.SearchStrategy[dict[str, Any]]:
     )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(experiments())
 def test_the_resolved_config_loads_back_to_the_same(
     write: Write, small: dict[str, Any], changes: dict[str, Any]

@@ -243,7 +243,7 @@ PATHS = st.sampled_from(
 )
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(PATHS, ANYTHING, min_size=1, max_size=3))
 def test_whatever_is_written_there_is_no_traceback(small: dict[str, Any], changes: dict[str, Any]) -> None:
     import copy
