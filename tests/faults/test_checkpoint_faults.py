@@ -270,6 +270,7 @@ def test_a_damaged_checkpoint_of_the_same_step_is_set_aside_by_a_save(store, hea
     flip(store.folder / "step-00000020" / "model.safetensors")
     save(store, 20)
     assert heard[0][0] == "checkpoint_quarantined"
+    assert "model.safetensors" in (store.folder / "step-00000020.corrupt" / "reason.txt").read_text()
     assert_holds(store.load(), 20)
 
 
