@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graft.api import build as build
+    from graft.api import generate as generate
     from graft.api import load as load
     from graft.api import train as train
 
-__all__ = ["build", "load", "train"]
+__all__ = ["build", "generate", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:

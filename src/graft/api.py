@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     import torch
 
     from graft.config.experiment import Experiment
+    from graft.data.tokenizers.base import Tokenizer
+    from graft.generation.engine import Generation
+    from graft.generation.sampling import SamplingSettings
     from graft.model import Model
     from graft.training.run import Run
 
@@ -134,3 +137,43 @@ def _sampler(experiment: Experiment) -> Callable[[Run], list[str]]:
         ]
 
     return sample
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    *,
+    tokenizer: Tokenizer | None = None,
+    settings: SamplingSettings | None = None,
+    max_new_tokens: int = 200,
+    stop: Sequence[str] = (),
+    on_text: Callable[[int, str], None] | None = None,
+) -> list[Generation]:
+    """Continues prompts with cached decoding, all of them as one batch.
+
+    Args:
+        model: from `build`, a finished run's ``run.model``, or `graft.training.load.load_run`.
+        prompts: texts (each starts a document), or token ids used as they are.
+        tokenizer: ``run.prepared.tokenizer``; text, stop strings and ``on_text`` need it, and with it a text ends at the
+            end-of-document id. Without it only ids go in and come out.
+        settings: how tokens are chosen; None = `SamplingSettings()`, plain sampling.
+        max_new_tokens: most tokens added to each prompt.
+        stop: strings that end a text.
+        on_text: called with (prompt number, text) as text is written.
+
+    Raises:
+        ConfigError: something asked for needs a tokenizer, or a prompt cannot be continued.
+    """
+    from graft.errors import ConfigError
+    from graft.generation import engine, text
+    from graft.generation.sampling import SamplingSettings
+
+    settings = settings or SamplingSettings()
+    if tokenizer is not None:
+        return text.generate_text(
+            model, tokenizer, prompts, settings=settings, max_new_tokens=max_new_tokens, stop=stop, on_text=on_text
+        )
+    ids = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    if len(ids) < len(prompts) or stop or on_text is not None:
+        raise ConfigError("text needs a tokenizer", where="graft.generate", fix="pass tokenizer=, or prompts of ids")
+    return engine.generate(model, ids, settings=settings, max_new_tokens=max_new_tokens)
