@@ -128,7 +128,7 @@ def assert_same_weights(one: Run, other: Run) -> None:
 
 
 def assert_same_state(one: Run, other: Run) -> None:
-    """Everything a checkpoint keeps is bit for bit the same: weights, optimizer, generators, data position, counters."""
+    """All that a checkpoint keeps is the same, bit for bit: weights, optimizer, generators, data position, counters."""
     (mine, my_document), (theirs, their_document) = flatten_state(one.state_dict()), flatten_state(other.state_dict())
     assert my_document == their_document
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []

@@ -1,4 +1,4 @@
-"""A run that was stopped and continued equals one that was not, bit for bit; and what may not be continued is refused."""
+"""A stopped and continued run equals one that was not stopped, bit for bit; what cannot be continued is refused."""
 
 from __future__ import annotations
 

@@ -42,10 +42,30 @@ def train(
         out=out,
         resume=resume,
         allow_data_change=allow_data_change,
+        config_text=as_given(config, overrides or []),
         stream=sys.stderr if as_json else sys.stdout,
     )
     if as_json:
         print_json(summary(run))
+
+
+def as_given(config: str, overrides: list[str]) -> str:
+    """The config file's text with the command line's overrides as comments; TOML is rewritten as YAML."""
+    import io
+    import tomllib
+    from pathlib import Path
+
+    from ruamel.yaml import YAML
+
+    from graft.config.includes import find_config
+
+    path = find_config(config, Path())
+    text = path.read_text(encoding="utf-8")
+    if path.suffix.lower() == ".toml":
+        stream = io.StringIO()
+        YAML(typ="safe").dump(tomllib.loads(text), stream)
+        text = stream.getvalue()
+    return text + "".join(f"\n# overrides: {override}" for override in overrides) + "\n"
 
 
 def summary(run: Run) -> dict[str, Any]:
