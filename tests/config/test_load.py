@@ -105,6 +105,7 @@ CASES: list[tuple[dict[str, Any], list[str]]] = [
     ({"seed": 1.5}, ["seed: must be a whole number, not 1.5"]),
     ({"training.max_steps": 1e3}, ["training.max_steps: must be a whole number, not 1000; write 1000"]),
     ({"seed": None}, ["seed: must be a whole number, not null; remove the line to get the default"]),
+    ({"data.seq_len": None}, ["data.seq_len: must be a whole number, not null"]),
     ({"seed": 2**31}, [f"seed: must be less than {2**31}, not {2**31}"]),
     ({"name": "a b"}, ["name: 'a b' is not allowed; first part of the run's id; letters, digits, '.', '_' and '-'"]),
     ({"training.max_grad_norm": float("nan")}, ["training.max_grad_norm: must be a finite number, not nan"]),

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from graft.config.base import PROBLEMS_ERROR, Config, Problem
 from graft.config.fields import annotation_at, choices, class_at, config_class
@@ -184,9 +185,13 @@ def _missing(e: _Error, root: type[Config], data: Any) -> Issue:
     return Issue(e.path, "is required", f"add {key}: {doc}" if doc else f"add {key}", "missing")
 
 
+def _field(path: Path, root: type[Config], data: Any) -> FieldInfo | None:
+    cls = class_at(root, path[:-1], data) if path else None
+    return cls.model_fields.get(str(path[-1])) if cls is not None else None
+
+
 def _doc(path: Path, root: type[Config], data: Any) -> str | None:
-    cls = class_at(root, path[:-1], data)
-    info = cls.model_fields.get(str(path[-1])) if cls is not None else None
+    info = _field(path, root, data)
     return info.description if info is not None else None
 
 
@@ -230,8 +235,12 @@ def _wrong_kind(errors: list[_Error], root: type[Config], data: Any) -> Issue:
     if literals:
         words.insert(0, ("one of " if len(literals) > 1 else "") + ", ".join(literals))
     problem = f"must be {' or '.join(dict.fromkeys(words))}, not {shown(value)}"
-    fix, meant = _meant(value, words, literals, choices(annotation_at(root, errors[0].path, data)))
-    return Issue(errors[0].path, problem, fix, replacement=meant)
+    path = errors[0].path
+    fix, meant = _meant(value, words, literals, choices(annotation_at(root, path, data)))
+    if value is None:
+        info = _field(path, root, data)
+        fix = "remove the line to get the default" if info is not None and not info.is_required() else None
+    return Issue(path, problem, fix, replacement=meant)
 
 
 def _meant(value: Any, words: list[str], literals: list[str], tags: Mapping[str, Any]) -> tuple[str | None, Any]:
@@ -240,8 +249,6 @@ def _meant(value: Any, words: list[str], literals: list[str], tags: Mapping[str,
         return _meant_by_text(value, words, literals, tags)
     if isinstance(value, float) and "a whole number" in words and value.is_integer():
         return f"write {int(value)}", int(value)
-    if value is None:
-        return "remove the line to get the default", None
     return None, None
 
 
