@@ -115,6 +115,8 @@ class Model(nn.Module):
         for part in self.parts():
             part.kernels = self.execution.kernels
         if compile is not None:
+            if compile:
+                _allow_kinds_of_layers(len({repr(parts) for parts in self.config.layers()}))
             self._runners = [_compiled(block) if compile else block for block in self.blocks()]
 
     def forward(
@@ -287,6 +289,16 @@ def _positions(ids_BT: Tensor, segment_ids_BT: Tensor | None, state: ModelState 
 def _compiled(block: Block) -> Callable[..., BlockOutput]:
     """The block compiled for fixed shapes: equal layers share one compilation, each new batch shape makes another."""
     return torch.compile(block, dynamic=False)
+
+
+def _allow_kinds_of_layers(number: int) -> None:
+    """Raises PyTorch's limit of compilations per function, which would send every further kind of layer to eager mode.
+
+    All layers are one function to it; each kind gets the number that a whole program has by default.
+    """
+    from torch._dynamo import config  # slow to import, and only needed here
+
+    config.recompile_limit = max(config.recompile_limit, 8 * number)
 
 
 def build_model(
