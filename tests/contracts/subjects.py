@@ -31,11 +31,7 @@ def experiment(path: Path) -> Experiment:
 
 def subject(path: Path) -> Subject:
     """The network of a preset, over a few ids only."""
-    shown = experiment(path)
-    data = shown.model.to_dict()
-    data["vocab_size"] = None
-    data["head"]["pad_vocab_to_multiple_of"] = 1 if shown.model.head.pad_vocab_to_multiple_of == 1 else 8
-    return Subject(ModelConfig.model_validate(data), shown.objective)
+    return Subject.of(experiment(path))
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from graft.cli._options import Config, Json, Overrides, console, print_json
+from graft.errors import ExitCode
 
 if TYPE_CHECKING:
     from graft.config.experiment import Experiment
+    from graft.contracts.registry import Verdict
 
 app = typer.Typer(add_completion=False)
 
@@ -19,6 +22,9 @@ def check(
     config: Config,
     overrides: Overrides = None,
     static: Annotated[bool, typer.Option("--static", help="Only read and validate: no torch, no price.")] = False,
+    contracts: Annotated[
+        bool, typer.Option("--contracts", help="Also examine the model: causality, documents, decoding, gradients, …")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Validate a config, and price it: parameters, FLOPs, memory, decode state."""
@@ -41,13 +47,28 @@ def check(
         cost = price(experiment)
         report |= {**cost.to_dict(), "warnings": [*advice, *cost.warnings]}
         text = cost.render()
+    verdicts = _examine(experiment) if contracts else []
+    if contracts:
+        report["contracts"] = [asdict(verdict) for verdict in verdicts]
     if as_json:
         print_json(report)
-        return
-    out = console()
-    out.print(f"{report['id']}: valid\n{text}")
-    for line in advice:
-        out.print(f"warning: {line}", style="yellow")
+    else:
+        out = console()
+        out.print(f"{report['id']}: valid\n{text}")
+        for verdict in verdicts:
+            word = "broken" if verdict.problem else "holds"
+            out.print(f"{word:<7} {verdict.contract}: {verdict.problem or verdict.claim}")
+        for line in advice:
+            out.print(f"warning: {line}", style="yellow")
+    if any(verdict.problem for verdict in verdicts):
+        raise typer.Exit(ExitCode.INTERNAL)
+
+
+def _examine(experiment: Experiment) -> list[Verdict]:
+    from graft.contracts.registry import examine
+    from graft.contracts.subject import Subject
+
+    return examine(Subject.of(experiment))
 
 
 def _facts(experiment: Experiment) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from graft.config.experiment import Experiment
 from graft.config.families import ObjectiveConfig
 from graft.config.model import ModelConfig
 from graft.initialization import generator_for
@@ -38,6 +39,13 @@ class Subject:
     seq_len: int = 12
     vocab_size: int = 31
     seed: int = 0
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> Subject:
+        """The network and objective of an experiment, over a few ids only (the size of the vocabulary is no part)."""
+        multiple = min(experiment.model.head.pad_vocab_to_multiple_of, 8)
+        head = experiment.model.head.replace(pad_vocab_to_multiple_of=multiple)
+        return cls(experiment.model.replace(vocab_size=None, head=head), experiment.objective)
 
     @cached_property
     def model(self) -> Model:
