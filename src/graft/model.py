@@ -80,6 +80,7 @@ class Model(nn.Module):
         )
         self.final_norm = config.norm.build(config.hidden_size) if config.final_norm else None
         self.head = Head(config, vocab_size, num_rows)
+        self._table_positions = {m.table_key: m for m in self.modules() if isinstance(m, TablePosition)}
         self._runners: list[Callable[..., BlockOutput]] = list(self.blocks())
 
     def blocks(self) -> Iterator[Block]:
@@ -229,11 +230,7 @@ class Model(nn.Module):
 
     def _tables(self, positions_BT: Tensor) -> dict[str, tuple[Tensor, ...]]:
         """What position modules compute from positions alone, once for all layers with equal keys."""
-        tables: dict[str, tuple[Tensor, ...]] = {}
-        for module in self.modules():
-            if isinstance(module, TablePosition) and module.table_key not in tables:
-                tables[module.table_key] = module.tables(positions_BT)
-        return tables
+        return {key: position.tables(positions_BT) for key, position in self._table_positions.items()}
 
     def _run_layers(self, x_BTD: Tensor, ctx: Context, state: ModelState | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The residual stream after all loops, and the named sums. Updates ``state``."""
