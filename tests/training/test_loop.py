@@ -14,8 +14,9 @@ from graft.data.loader import validation_batches
 from graft.errors import GraftError, ResourceError
 from graft.training.evaluate import evaluate
 from graft.training.memory import out_of_memory, smaller_micro_batch
+from graft.training.session import Options, train_run
 from graft.training.throughput import Stopwatch, flops_per_token
-from tiny_run import bare_run, lines, random_batch
+from tiny_run import assert_same_state, bare_run, lines, random_batch
 
 
 def train(experiment, folder, **options):
@@ -51,6 +52,16 @@ def test_a_run_leaves_everything_in_its_directory(tiny, tmp_path):
     samples = [e for e in lines(folder / "events.jsonl") if e["event"] == "samples"]
     assert [(e["step"], len(e["texts"])) for e in samples] == [(6, 3), (12, 3)]
     assert "--- sample at step 12 ---" in stream.getvalue()
+
+
+def test_the_last_thing_a_finished_run_does_is_what_it_was_asked_to(tiny, tmp_path):
+    seen = []
+
+    def finish(folder):
+        seen.append((folder, sorted(p.name for p in folder.glob("checkpoints/step-*"))[-1]))
+
+    train_run(tiny(), Options(out=tmp_path / "run", stream=io.StringIO(), finish=finish))
+    assert seen == [(tmp_path / "run", "step-00000012")]
 
 
 def test_metric_lines_say_what_was_trained(tiny, tmp_path):
@@ -207,8 +218,6 @@ def test_trackers_that_fail_leave_the_training_alone(tiny, tmp_path, monkeypatch
     monkeypatch.setattr(wandb, "init", down)
     stream = io.StringIO()
     tracked = api.train(tiny("logging.wandb={}"), out=tmp_path / "tracked", stream=stream)
-    from tiny_run import assert_same_state
-
     assert_same_state(plain, tracked)
     assert lines(tmp_path / "plain" / "metrics.jsonl") == lines(tmp_path / "tracked" / "metrics.jsonl")
     assert stream.getvalue().count("Weights & Biases failed") == 1
