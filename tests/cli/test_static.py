@@ -316,9 +316,7 @@ def test_every_verb_follows_the_rule(name: str, capsys: pytest.CaptureFixture[st
 
 
 def test_a_reader_that_goes_away_is_no_error(config: str) -> None:
-    command = (
-        f"{sys.executable} -c 'from graft.cli.main import main; main()' schema | head -c 10; exit ${{PIPESTATUS[0]}}"
-    )
+    command = f"{sys.executable} -c 'from graft.cli.main import main; main()' schema | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
 

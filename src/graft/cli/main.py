@@ -103,6 +103,12 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def _reader_went_away() -> int:
+    """The other end of the pipe (head, less) has seen enough: nothing is wrong, and there is nobody to tell."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+    return ExitCode.DONE
+
+
 def _wrong_usage(error: Any) -> int:
     text: str = error.format_message()
     if text.startswith("Usage:"):  # a verb with sub-verbs, called without one: its help is the message
@@ -143,9 +149,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _wrong_usage(error)
     except (KeyboardInterrupt, typer.Abort):  # outside a verb; older typers inside one too
         return _fail("interrupted", ExitCode.INTERRUPTED)
-    except BrokenPipeError:  # the reader (head, less) went away: nothing is wrong
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitCode.DONE
+    except BrokenPipeError:  # at the last flush
+        return _reader_went_away()
+    except SystemExit as error:  # typer's answer to a broken pipe inside a verb
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        return _reader_went_away()
     except GraftError as error:
         if debug:
             raise
