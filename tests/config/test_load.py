@@ -105,6 +105,10 @@ CASES: list[tuple[dict[str, Any], list[str]]] = [
     ({"seed": 1.5}, ["seed: must be a whole number, not 1.5"]),
     ({"training.max_steps": 1e3}, ["training.max_steps: must be a whole number, not 1000; write 1000"]),
     ({"seed": None}, ["seed: must be a whole number, not null; remove the line to get the default"]),
+    (  # a key named like the table's type: the type in an error's location is not that key
+        {"model.norm": {"type": "dyt", "dyt": {}, "alpha_init": "x"}},
+        ["model.norm.alpha_init: must be a number, not 'x'", "model.norm.dyt: unknown key; keys here: alpha_init"],
+    ),
     ({"data.seq_len": None}, ["data.seq_len: must be a whole number, not null"]),
     ({"seed": 2**31}, [f"seed: must be less than {2**31}, not {2**31}"]),
     ({"name": "a b"}, ["name: 'a b' is not allowed; first part of the run's id; letters, digits, '.', '_' and '-'"]),
