@@ -189,3 +189,14 @@ def test_permutations_are_even() -> None:
     counts = np.array([np.bincount(places[:, i], minlength=10) for i in range(10)])
     chi2 = ((counts - 400) ** 2 / 400).sum()
     assert 40 < chi2 < 135  # 81 degrees of freedom
+
+
+def test_the_order_of_rows_is_shuffled_anew_by_seed_and_epoch(tmp_path_factory: pytest.TempPathFactory) -> None:
+    store = numbered_store(tmp_path_factory, [399])
+
+    def order(seed: int, epoch: int) -> tuple[int, ...]:
+        """Number of each row along the stream; one document leaves nothing else to shuffle."""
+        starts = all_rows(ConcatPackingConfig().build(store, seq_len=8, seed=seed), epoch).input_ids[:, 0]
+        return tuple(int(n) for n in np.argsort(starts % 400))
+
+    assert len({order(0, 0), order(1, 0), order(0, 1), tuple(range(50))}) == 4
