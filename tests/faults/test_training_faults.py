@@ -152,7 +152,9 @@ def test_killed_again_and_again_equals_uninterrupted(start, work, tmp_path):
     )
     for fault in deaths:
         assert finish(start(out, fault)) == -signal.SIGKILL, fault
-        assert status(out)["state"] == "running", "a killed process has no last word"
+        found = status(out)
+        assert found["state"] == "running", "a killed process has no last word"
+        assert found["resumable"] == (fault != deaths[0]), fault
     assert finish(start(out)) == 0
     assert [e["step"] for e in events(out, "resumed")] == [5, 10, 20, 30, 35, 45]
     assert_equal_to_uninterrupted(out, work)

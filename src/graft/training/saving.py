@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -77,12 +77,21 @@ class Checkpoints:
         store: the files.
         recorder: events of saves and failed saves.
         max_failed_saves: failures in a row before the run stops.
+        on_saved: called with the step of every save that came about.
     """
 
-    def __init__(self, store: CheckpointStore, recorder: Recorder, *, max_failed_saves: int):
+    def __init__(
+        self,
+        store: CheckpointStore,
+        recorder: Recorder,
+        *,
+        max_failed_saves: int,
+        on_saved: Callable[[int], object],
+    ):
         self._store = store
         self._recorder = recorder
         self._max_failed = max_failed_saves
+        self._on_saved = on_saved
         self._failed = 0
         self._saved_step: int | None = None
 
@@ -118,6 +127,7 @@ class Checkpoints:
             return
         self._failed, self._saved_step = 0, run.step
         self._recorder.event("saved", run.step, {"checkpoint": path.name, "score": run.score})
+        self._on_saved(run.step)
 
     def _no_space(self, error: SaveFailed, run: Run) -> ResourceError:
         newest = self._store.latest()

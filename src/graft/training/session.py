@@ -193,7 +193,12 @@ class Session:
 
     def _fit(self, run: Run, recorder: Recorder) -> None:
         experiment = self.experiment
-        checkpoints = Checkpoints(self.store, recorder, max_failed_saves=experiment.checkpoint.max_failed_saves)
+        checkpoints = Checkpoints(
+            self.store,
+            recorder,
+            max_failed_saves=experiment.checkpoint.max_failed_saves,
+            on_saved=lambda step: self.directory.write_status("running", step, resumable=True),
+        )
         with StopRequest() as stop, self.notices.console as console:
             self.directory.write_status("running", run.step, resumable=checkpoints.any_valid())
             console.start_progress(run.step, run.max_steps)
