@@ -107,8 +107,7 @@ def test_padding_on_the_left_changes_nothing(window):
     torch.testing.assert_close(stepwise[:, 3:], alone)
 
 
-@pytest.mark.parametrize("first", [None, 1])
-def test_steps_without_segments_after_padded_ones_continue_document_1(first):
+def test_steps_without_segments_after_padded_ones_continue_document_1():
     part = attention_part(sliding_window=4)
     x, segments = torch.randn(1, 6, 24), torch.tensor([[0, 0, 1, 1, 1, 1]])
     positions = torch.tensor([[0, 0, 0, 1, 2, 3]])
@@ -120,6 +119,19 @@ def test_steps_without_segments_after_padded_ones_continue_document_1(first):
         out = part(x[:, t : t + 1], context(1, 1, positions=positions[:, t : t + 1]), out.state)
         outs.append(out.y)
     torch.testing.assert_close(torch.cat(outs, dim=1), with_all)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_segments_may_start_late_and_what_came_before_was_document_1(window):
+    part = attention_part(sliding_window=window)
+    x, segments = torch.randn(1, 7, 24), torch.tensor([[1, 1, 1, 1, 1, 2, 2]])
+    full = part(x, context(1, 7, segments=segments)).y
+    state, outs = part.init_state(1, 7, device=CPU, dtype=x.dtype), []
+    for now, given_ids in ((slice(0, 3), None), (slice(3, 4), segments[:, 3:4]), (slice(4, 7), segments[:, 4:])):
+        out = part(x[:, now], context(1, now.stop - now.start, start=now.start, segments=given_ids), state)
+        state = out.state
+        outs.append(out.y)
+    torch.testing.assert_close(torch.cat(outs, dim=1), full)
 
 
 def test_a_sliding_state_costs_its_window_and_a_global_one_the_length():
