@@ -154,8 +154,8 @@ def generate(
     Args:
         model: from `build`, a finished run's ``run.model``, or `graft.training.load.load_run`.
         prompts: texts (each starts a document), or token ids used as they are.
-        tokenizer: ``run.prepared.tokenizer``; text, stop strings and ``on_text`` need it, and with it a text ends at the
-            end-of-document id. Without it only ids go in and come out.
+        tokenizer: ``run.prepared.tokenizer``; text, stop strings and ``on_text`` need it, and with it a text ends at
+            the end-of-document id. Without it only ids go in and come out.
         settings: how tokens are chosen; None = `SamplingSettings()`, plain sampling.
         max_new_tokens: most tokens added to each prompt.
         stop: strings that end a text.

@@ -1,15 +1,18 @@
-"""Memory of training, from a training step that is run without memory.
+"""Memory of training, from training steps that are run without memory.
 
-The step runs for real, forward, backward and update, on *fake* tensors: they have shapes, types and lifetimes, but no
-bytes. So whatever a variant allocates is counted when it is alive, and nothing here knows any variant: autocast copies
-of weights, activation checkpointing, the chunked loss, an optimizer's state and its temporaries.
+The steps run for real, forward, backward and update, on *fake* tensors: they have shapes, types and lifetimes, but no
+bytes. So whatever a variant allocates is counted while it is alive, and nothing here knows any variant: autocast copies
+of weights, activation checkpointing, the chunked loss, an optimizer's state and its temporaries. On a CPU with glibc a
+model of its heap (`graft.cost.heap`) adds what is lost between the tensors.
 
-Not seen: memory inside one operation, Python and the libraries themselves, and what the allocator wastes. With
-``runtime.compile`` the real need is usually lower, because fused blocks keep less.
+Not seen: memory inside one operation, Python and the libraries themselves. With ``runtime.compile`` the real need is
+usually lower, because fused blocks keep less.
 """
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +21,19 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graft.config.experiment import Experiment
+from graft.cost.heap import GlibcHeap
 from graft.cost.live_bytes import LiveBytes
 from graft.data.batch import Batch
 from graft.model import Model
+from graft.objectives.base import Objective
+from graft.training.precision import AUTOCAST_DTYPES
+from graft.training.runtime import resolve_device
 
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+STEPS = 2
+"""Steps rehearsed: the first makes the optimizer's state, the second finds it there."""
+
+SCRATCH = 16 * 2**20
+"""Bytes of buffers inside matrix products and of the autograd graph's own objects; measured on small runs."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,7 @@ class MemoryBytes:
             copies of the weights included.
         logits: most that the head and the loss hold beyond the activations during the forward pass.
         update: most that the optimizer's update holds for itself.
+        overhead: what the C library's heap loses between tensors, and `SCRATCH`; 0 where its heap is not used.
         total: predicted peak.
     """
 
@@ -49,24 +61,20 @@ class MemoryBytes:
     activations: int
     logits: int
     update: int
+    overhead: int
     total: int
 
 
-def _bytes_of(tensors: Any) -> int:
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-
-
 def _fake_batch(experiment: Experiment) -> Batch:
     shape = (experiment.micro_batch_size, experiment.data.seq_len)
-    ids_BT = torch.zeros(shape, dtype=torch.long)
     packed = getattr(experiment.data.packing, "document_mask", True)
     return Batch(
-        input_ids_BT=ids_BT,
+        input_ids_BT=torch.zeros(shape, dtype=torch.long),
         targets_BT=torch.zeros(shape, dtype=torch.long),
         segment_ids_BT=torch.ones(shape, dtype=torch.long) if packed else None,
         positions_BT=None,
@@ -76,73 +84,66 @@ def _fake_batch(experiment: Experiment) -> Batch:
     )
 
 
-class _FakeStep:
-    """A training step on fake tensors, with the bytes alive at each of its borders."""
+class _Rehearsal:
+    """Training steps on fake tensors; reads ``live`` at their borders."""
 
-    def __init__(self, experiment: Experiment, vocab_size: int):
+    def __init__(self, experiment: Experiment, vocab_size: int, live: LiveBytes):
         self.experiment = experiment
+        self.live = live
         self.model = Model(experiment.model, vocab_size)
         self.model.set_runtime(
             activation_checkpointing=experiment.runtime.activation_checkpointing,
             kernels=experiment.runtime.kernels,
             loss_chunk_bytes=experiment.runtime.loss_chunk_bytes,
         )
-        self.objective: Any = experiment.objective.build()
+        self.objective: Objective = experiment.objective.build()
         self.optimizer: torch.optim.Optimizer = experiment.optimizer.build(self.model)
-        self.parameters = list(self.model.parameters())
         self.batch = _fake_batch(experiment)
-        self.features_end = 0
+        self.activations = self.logits = self.update = self._before = 0
+        self._watch_features()
 
-    def warm_up(self) -> None:
-        """One update, so that the optimizer's state exists as it does from the second step on."""
-        for parameter in self.parameters:
-            parameter.grad = torch.empty_like(parameter)
-        self.optimizer.step()
-
-    def measure(self) -> MemoryBytes:
-        """Runs the step and returns what it held."""
+    def step(self) -> None:
+        """One update, with a second micro-batch if there are several (its gradients meet those of the first)."""
         accumulates = self.experiment.training.global_batch_size > self.experiment.micro_batch_size
-        if not accumulates:
-            self.optimizer.zero_grad(set_to_none=True)
-        state = _optimizer_tensors(self.optimizer)
-        weights, optimizer = _bytes_of(self.parameters), _bytes_of(state)
-        gradients = sum(p.numel() * p.element_size() for p in self.parameters if p.requires_grad)
-        with LiveBytes() as live:
-            for tensor in [*self.parameters, *state, *(p.grad for p in self.parameters if p.grad is not None)]:
-                live.ignore(tensor)
-            activations, logits = self._forward_backward(live)
-            # gradients of earlier micro-batches are alive all along, those of the only one are in the count
-            held = gradients if accumulates else 0
-            backward_peak = live.peak + held
-            live.peak = before = live.live
-            self.optimizer.step()
-            update = live.peak - before
-            update_peak = live.peak + held
-        total = weights + optimizer + max(backward_peak, update_peak)
-        return MemoryBytes(weights, gradients, optimizer, activations, logits, update, total)
+        for _ in range(2 if accumulates else 1):
+            self._forward_backward()
+        before = self.live.open_window()
+        self.optimizer.step()
+        self.update = self.live.window_peak - before
+        self.optimizer.zero_grad(set_to_none=True)
 
-    def _forward_backward(self, live: LiveBytes) -> tuple[int, int]:
-        self._watch_features(live)
-        dtype = AUTOCAST_DTYPES.get(self.experiment.precision)
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+    def _forward_backward(self) -> None:
+        self._before = self.live.live
+        dtype = torch.float32 if self.experiment.precision == "fp32" else AUTOCAST_DTYPES[self.experiment.precision]
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             terms = self.objective.loss(self.model, self.batch)
-        logits = live.peak - self.features_end
-        loss = terms.main + terms.aux
-        del terms
-        # what the loss keeps for the backward pass belongs to the logits
-        loss.backward()
-        return self.features_end, logits
+        self.logits = self.live.window_peak - self._before - self.activations
+        (terms.main / self.batch.num_targets + terms.aux / self.batch.num_positions).backward()
 
-    def _watch_features(self, live: LiveBytes) -> None:
+    def _watch_features(self) -> None:
+        """Notes what is alive between the network and its head."""
         features = self.model.features
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             out = features(*args, **kwargs)
-            self.features_end = live.live
-            live.peak = max(live.peak, live.live)
+            self.activations = self.live.open_window() - self._before
             return out
 
         object.__setattr__(self.model, "features", watched)
+
+    def weights(self) -> int:
+        """Bytes of the parameters."""
+        return _bytes_of(self.model.parameters())
+
+    def optimizer_state(self) -> int:
+        """Bytes of what the optimizer keeps."""
+        states = self.optimizer.state.values()
+        return _bytes_of(value for state in states for value in state.values() if isinstance(value, Tensor))
+
+
+def uses_glibc_heap(experiment: Experiment) -> bool:
+    """The run's tensors come from glibc's malloc."""
+    return resolve_device(experiment.runtime.device).type == "cpu" and platform.libc_ver()[0] == "glibc"
 
 
 def training_memory(experiment: Experiment, vocab_size: int) -> MemoryBytes:
@@ -152,7 +153,20 @@ def training_memory(experiment: Experiment, vocab_size: int) -> MemoryBytes:
         experiment: the whole config; micro-batch, precision, optimizer and runtime all matter.
         vocab_size: rows of the embedding table, before padding.
     """
-    with FakeTensorMode():
-        step = _FakeStep(experiment, vocab_size)
-        step.warm_up()
-        return step.measure()
+    heap = GlibcHeap()
+    with FakeTensorMode(), LiveBytes(heap) as live:
+        rehearsal = _Rehearsal(experiment, vocab_size, live)
+        for _ in range(STEPS):
+            rehearsal.step()
+        weights = rehearsal.weights()
+        overhead = max(0, heap.peak - live.peak) + SCRATCH if uses_glibc_heap(experiment) else 0
+        return MemoryBytes(
+            weights=weights,
+            gradients=weights,
+            optimizer=rehearsal.optimizer_state(),
+            activations=rehearsal.activations,
+            logits=rehearsal.logits,
+            update=rehearsal.update,
+            overhead=overhead,
+            total=live.peak + overhead,
+        )

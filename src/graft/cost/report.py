@@ -144,6 +144,7 @@ def _lines(report: CostReport) -> list[str]:
             ("activations", human_bytes(memory.activations)),
             ("logits and loss", human_bytes(memory.logits)),
             ("update", human_bytes(memory.update)),
+            ("overhead", human_bytes(memory.overhead)),
             ("peak (not all at once)", human_bytes(memory.total)),
         ],
     )
