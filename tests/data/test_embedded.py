@@ -93,7 +93,7 @@ def test_size_order_and_split_of_the_whole_corpus(tmp_path: Path) -> None:
     assert places.index("topic assert") < places.index("argparse") < places.index("builtins (C)")
     paragraphs = [p for d in documents for p in d.text.split("\n\n")]
     assert len(set(paragraphs)) == len(paragraphs)
-    split = SplitSource(data_config("", source={"type": "embedded", "path": None}), tmp_path)
+    split = SplitSource(data_config("x").replace(source=EmbeddedSourceConfig()), tmp_path)
     sides = list(split.documents(0)[1])
     held_out = {d.key for side, d in sides if side == "validation"}
     assert held_out.isdisjoint(d.key for side, d in sides if side == "train")

@@ -220,7 +220,7 @@ def test_lone_surrogates_are_refused() -> None:
 def test_both_regex_engines_class_every_code_point_alike() -> None:
     assert BPE.fast is not None
     codes = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
-    texts = ["".join(f"{c}a{c} {c}1" for c in codes[i : i + 4096]) for i in range(0, len(codes), 4096)]
+    texts = ["".join(f"{c}a {c}1" for c in codes[i : i + 4096]) for i in range(0, len(codes), 4096)]
     for text, ids in zip(texts, BPE.fast.encode_batch(texts), strict=True):
         assert ids.tolist() == BPE.encode_plain(text)
 
