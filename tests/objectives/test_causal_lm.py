@@ -49,6 +49,9 @@ def objective(coef: float = 0.0) -> CausalLM:
 )
 def test_loss_by_hand(head: dict[str, Any]) -> None:
     network, data = model(head=head), batch()
+    with torch.no_grad():
+        for parameter in network.parameters():  # a bias starts at zero, where it would not show
+            parameter.add_(0.3 * torch.randn_like(parameter))
     terms = objective(0.1).loss(network, data)
     logits = network(data.input_ids_BT, segment_ids_BT=data.segment_ids_BT).flatten(0, 1)
     targets = data.targets_BT.flatten()
