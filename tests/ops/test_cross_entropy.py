@@ -159,6 +159,25 @@ def test_bf16_products_fp32_statistics(softcap: float | None) -> None:
         assert (a - b).abs().max() / b.abs().max() < 2e-2
 
 
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_autocast_leaves_fp64_alone(kernels: Any) -> None:
+    x, weight, _, targets = inputs()
+    expected = linear_cross_entropy(x, weight, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = linear_cross_entropy(x, weight, targets, kernels=kernels)
+    torch.testing.assert_close(inside, expected, rtol=1e-12, atol=0)
+
+
+def test_autocast_products_keep_the_inputs_dtype_of_gradients() -> None:
+    x, weight, _, targets = inputs(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        grads = gradients(linear_cross_entropy(x, weight, targets, chunk_bytes=4 * 29 * 3), x, weight)
+    exact = gradients(linear_cross_entropy(x, weight, targets, chunk_bytes=4 * 29 * 3), x, weight)
+    for rounded, grad in zip(grads, exact, strict=True):
+        assert rounded.dtype == torch.float32
+        assert not torch.equal(rounded, grad)  # rounded products, not fp32 in disguise
+
+
 class Allocations(TorchDispatchMode):
     """Most bytes of tensors made inside that were alive at one time, and the largest of them."""
 
