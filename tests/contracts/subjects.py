@@ -16,12 +16,13 @@ from graft.config.model import ModelConfig
 from graft.contracts.subject import Subject
 
 PRESETS = Path(__file__).parents[2] / "presets"
-PART_FAMILIES = {"token_mixer": "token_mixers", "channel_mixer": "channel_mixers", "memory": "memories"}
+NETWORK_FOLDERS = {"token_mixers", "channel_mixers", "memories", "norms", "positions", "linears"}
+"""Presets whose network differs from the others'; those of optimizers, data and the like share one."""
 
 
-def variant_presets() -> list[Path]:
-    """The small presets, one per variant: everything outside ``presets/models``."""
-    return sorted(p for p in PRESETS.glob("*/*.yaml") if p.parent.name != "models")
+def network_presets() -> list[Path]:
+    """The small presets of the variants that make up a network, one per variant."""
+    return sorted(p for p in PRESETS.glob("*/*.yaml") if p.parent.name in NETWORK_FOLDERS)
 
 
 @cache
@@ -42,7 +43,7 @@ def _plain(config: Any) -> dict[str, Any]:
 def _shown(kind: str) -> tuple[str, ...]:
     """Distinct tables of one kind found in the presets, as repr strings (hashable)."""
     found: dict[str, None] = {}
-    for path in variant_presets():
+    for path in network_presets():
         model = experiment(path).model
         tables: list[Any] = []
         for parts in model.blocks.values():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
-from subjects import PRESETS, compositions, experiment, subject, variant_presets
+from subjects import PRESETS, compositions, experiment, network_presets, subject
 
 from graft.config.model import ModelConfig
 from graft.config.registry import PACKAGES, variants
@@ -26,7 +26,7 @@ def test_every_variant_has_a_preset_that_uses_it(family: str) -> None:
         assert f"'type': '{tag}'" in repr(experiment(path).to_dict())
 
 
-@pytest.mark.parametrize("path", variant_presets(), ids=lambda p: f"{p.parent.name}/{p.stem}")
+@pytest.mark.parametrize("path", network_presets(), ids=lambda p: f"{p.parent.name}/{p.stem}")
 @pytest.mark.parametrize("contract", sorted({*CAUSAL, *BIDIRECTIONAL, *ALWAYS}, key=lambda c: c.__name__))
 def test_contract(contract: Callable[[Subject], None], path: Path) -> None:
     shown = subject(path)
@@ -35,7 +35,8 @@ def test_contract(contract: Callable[[Subject], None], path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", variant_presets(), ids=lambda p: f"{p.parent.name}/{p.stem}")
+@pytest.mark.usefixtures("compiling")
+@pytest.mark.parametrize("path", network_presets(), ids=lambda p: f"{p.parent.name}/{p.stem}")
 @pytest.mark.parametrize("contract", SLOW, ids=lambda c: c.__name__)
 def test_slow_contract(contract: Callable[[Subject], None], path: Path) -> None:
     contract(subject(path))

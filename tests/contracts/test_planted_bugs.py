@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import graft.token_mixers.attention as attention_module
+import graft.token_mixers.heads as heads_module
 from graft.config.model import ModelConfig
 from graft.contracts import sequence, training
 from graft.contracts.subject import ContractBroken, Subject
@@ -110,7 +111,7 @@ def test_positions_that_do_not_restart(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cache_that_forgets_its_oldest_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = attention_module.extend
+    original = heads_module.extend
 
     def forgetful(*args: Any, **kwargs: Any) -> Any:
         keys, state = original(*args, **kwargs)
@@ -118,7 +119,7 @@ def test_cache_that_forgets_its_oldest_key(monkeypatch: pytest.MonkeyPatch) -> N
             keys = keys._replace(k_BSKH=keys.k_BSKH[:, 1:], v_BSKH=keys.v_BSKH[:, 1:], offset=keys.offset - 1)
         return keys, state
 
-    monkeypatch.setattr(attention_module, "extend", forgetful)
+    monkeypatch.setattr(heads_module, "extend", forgetful)
     assert "token by token" in broken(sequence.decoding_equals_forward, subject())
 
 
