@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -104,7 +105,7 @@ def test_the_rehearsal_allocates_what_training_allocates(overrides: tuple[str, .
     with LiveBytes() as live:
         train_steps(config, 2)
     predicted = training_memory(config, 500)
-    assert predicted.total - predicted.overhead == pytest.approx(live.peak, rel=0.02)
+    assert predicted.total - predicted.heap - predicted.scratch == pytest.approx(live.peak, rel=0.02)
 
 
 def test_weights_gradients_and_optimizers_in_closed_form() -> None:
@@ -185,13 +186,21 @@ print(status("VmHWM") - before)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's resident peak")
 @pytest.mark.parametrize(
     "overrides",
-    [(), ("precision=bf16",), ("data.seq_len=512", "training.global_batch_size=8")],
-    ids=["fp32", "bf16", "longer"],
+    [
+        (),
+        ("precision=bf16",),
+        ("data.seq_len=512", "training.global_batch_size=8", "runtime.activation_checkpointing=block"),
+    ],
+    ids=["fp32", "bf16", "recomputed"],
 )
 def test_predicted_peak_is_within_15_percent_of_resident_memory(overrides: tuple[str, ...]) -> None:
-    """Growth of the resident peak over a process that has everything loaded and has trained a small model."""
+    """Growth of the resident peak over a process that has everything loaded and has trained a small model.
+
+    glibc is told to map every tensor on its own, so that the figure repeats: what its heap loses otherwise does not.
+    """
     paths = json.dumps([str(Path(__file__).parent)])
     command = [sys.executable, "-c", MEASURE, json.dumps(overrides), paths]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    predicted = training_memory(experiment(*overrides), 4096).total
-    assert predicted == pytest.approx(int(result.stdout), rel=0.15)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    predicted = training_memory(experiment(*overrides), 4096)
+    assert predicted.total - predicted.heap == pytest.approx(int(result.stdout), rel=0.15)

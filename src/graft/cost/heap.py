@@ -17,7 +17,8 @@ SMALL = 1024
 """Requests below this live in glibc's bins of small chunks; they cost next to nothing and are left out."""
 HELD = 50
 """How many alignment remainders are taken by small objects at a time after their tensor is gone. The one number here
-that was fitted, to the peak resident memory of training runs (fp32 and bf16, with and without recomputation)."""
+that was fitted, to the resident memory of a few training runs (fp32 and bf16, with and without recomputation); such
+runs vary among themselves by more than the model is off."""
 
 
 @dataclass(frozen=True)

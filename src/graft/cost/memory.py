@@ -3,7 +3,7 @@
 The steps run for real, forward, backward and update, on *fake* tensors: they have shapes, types and lifetimes, but no
 bytes. So whatever a variant allocates is counted while it is alive, and nothing here knows any variant: autocast copies
 of weights, activation checkpointing, the chunked loss, an optimizer's state and its temporaries. On a CPU with glibc a
-model of its heap (`graft.cost.heap`) adds what is lost between the tensors.
+model of its heap (`graft.cost.heap`) adds what is typically lost between the tensors.
 
 Not seen: memory inside one operation, Python and the libraries themselves. With ``runtime.compile`` the real need is
 usually lower, because fused blocks keep less.
@@ -51,7 +51,9 @@ class MemoryBytes:
             copies of the weights included.
         logits: most that the head and the loss hold beyond the activations during the forward pass.
         update: most that the optimizer's update holds for itself.
-        overhead: what the C library's heap loses between tensors, and `SCRATCH`; 0 where its heap is not used.
+        scratch: `SCRATCH` on a CPU, else 0.
+        heap: what glibc's heap is expected to lose between tensors, where it is used. A typical figure: the real loss
+            differs between repetitions of the same run, because small objects decide which holes can be reused.
         total: predicted peak.
     """
 
@@ -61,7 +63,8 @@ class MemoryBytes:
     activations: int
     logits: int
     update: int
-    overhead: int
+    scratch: int
+    heap: int
     total: int
 
 
@@ -141,11 +144,6 @@ class _Rehearsal:
         return _bytes_of(value for state in states for value in state.values() if isinstance(value, Tensor))
 
 
-def uses_glibc_heap(experiment: Experiment) -> bool:
-    """The run's tensors come from glibc's malloc."""
-    return resolve_device(experiment.runtime.device).type == "cpu" and platform.libc_ver()[0] == "glibc"
-
-
 def training_memory(experiment: Experiment, vocab_size: int) -> MemoryBytes:
     """Predicted memory of training ``experiment`` in one process, nothing allocated.
 
@@ -159,7 +157,9 @@ def training_memory(experiment: Experiment, vocab_size: int) -> MemoryBytes:
         for _ in range(STEPS):
             rehearsal.step()
         weights = rehearsal.weights()
-        overhead = max(0, heap.peak - live.peak) + SCRATCH if uses_glibc_heap(experiment) else 0
+        on_cpu = resolve_device(experiment.runtime.device).type == "cpu"
+        scratch = SCRATCH if on_cpu else 0
+        lost = max(0, heap.peak - live.peak) if on_cpu and platform.libc_ver()[0] == "glibc" else 0
         return MemoryBytes(
             weights=weights,
             gradients=weights,
@@ -167,6 +167,7 @@ def training_memory(experiment: Experiment, vocab_size: int) -> MemoryBytes:
             activations=rehearsal.activations,
             logits=rehearsal.logits,
             update=rehearsal.update,
-            overhead=overhead,
-            total=live.peak + overhead,
+            scratch=scratch,
+            heap=lost,
+            total=live.peak + scratch + lost,
         )

@@ -144,7 +144,8 @@ def _lines(report: CostReport) -> list[str]:
             ("activations", human_bytes(memory.activations)),
             ("logits and loss", human_bytes(memory.logits)),
             ("update", human_bytes(memory.update)),
-            ("overhead", human_bytes(memory.overhead)),
+            ("inside operations", human_bytes(memory.scratch)),
+            ("lost in the heap", human_bytes(memory.heap)),
             ("peak (not all at once)", human_bytes(memory.total)),
         ],
     )
