@@ -24,8 +24,10 @@ from graft.norms.rms_norm_config import RMSNormConfig
 from graft.ops import attention_banded
 from graft.part import Context, PartOutput, Site, parameter_roles, tensors_of
 from graft.positions.base import TablePosition
-from graft.token_mixers.attention import VALUE_RESIDUAL, Attention, visible_pairs
+from graft.token_mixers.attention import Attention
 from graft.token_mixers.attention_config import AttentionConfig
+from graft.token_mixers.heads import visible_pairs
+from graft.token_mixers.value_residual import VALUE_RESIDUAL
 
 CPU = torch.device("cpu")
 ROPE = {"type": "rope"}
@@ -214,8 +216,8 @@ class TestValueResidual:
         out = part(x, context(2, 5, published={VALUE_RESIDUAL: first}))
         assert VALUE_RESIDUAL not in out.published
         v = 0.25 * plain.v_proj(x).view(2, 5, 2, 6) + 2.0 * first
-        q, k, _ = plain._project(x, context(2, 5))
-        wanted = plain.o_proj(plain._attend(q, k, v, None, None, causal=True).flatten(-2))
+        q, k, _ = plain.project(x, context(2, 5))
+        wanted = plain.o_proj(plain.attend(q, k, v, None, None, causal=True).flatten(-2))
         torch.testing.assert_close(out.y, wanted)
 
     def test_decoding_mixes_before_it_remembers(self):

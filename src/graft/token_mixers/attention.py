@@ -2,160 +2,36 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from graft.config.roles import Role
-from graft.errors import ConfigError
-from graft.initialization import Rng
-from graft.ops.attention import Kernels, attention
-from graft.part import Context, Part, PartOutput, Site, State, linear_flops
-from graft.positions.base import AttentionPosition, tables_for
-from graft.shapes import Float
+from graft.ops.attention import attention
+from graft.part import Site
 from graft.token_mixers.attention_config import AttentionConfig
-from graft.token_mixers.kv_state import KVState, empty_state, extend
-
-VALUE_RESIDUAL = "value_residual"
-"""Name under which the first layer with a value residual publishes its values [B, T, K, H]."""
+from graft.token_mixers.heads import MultiHead
 
 
-class ValueResidual(nn.Module):
-    """Value residual learning (arXiv 2410.17897, "learnable" variant): v ← λ_own·v + λ_first·v_first.
-
-    Deviations: both weights are scalars that start at 1/2; the first such layer, which has no earlier values, mixes
-    with itself, so that its weights act as one learned factor that starts at 1 (every layer then has the same form).
-    """
-
-    role: Role = "scalar"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.own = nn.Parameter(torch.empty(()))
-        self.first = nn.Parameter(torch.empty(()))
-
-    def init_parameters(self, rng: Rng) -> None:
-        """Both weights start at one half."""
-        nn.init.constant_(self.own, 0.5)
-        nn.init.constant_(self.first, 0.5)
-
-    def forward(
-        self, v_BTKH: Float[Tensor, "B T K H"], first_BTKH: Float[Tensor, "B T _K _H"]
-    ) -> Float[Tensor, "B T K H"]:
-        """The mixed values [B, T, K, H]. Raises ConfigError when the two layers' heads differ in number or size."""
-        if v_BTKH.shape != first_BTKH.shape:
-            here, there = tuple(v_BTKH.shape[2:]), tuple(first_BTKH.shape[2:])
-            raise ConfigError(
-                f"a layer with value heads (number, size) = {here} cannot mix in values of {there}",
-                where="value_residual",
-                fix="give all layers with a value residual the same num_kv_heads and head_dim",
-            )
-        return self.own * v_BTKH + self.first * first_BTKH
-
-
-class Attention(Part):
+class Attention(MultiHead):
     """Softmax attention (arXiv 1706.03762, section 3.2), multi-head, grouped-query (2305.13245) or multi-query.
 
-    ``o_proj(softmax(cap(q·k / √s) − distance term) v)`` per head, s = query_pre_attn_scalar. The order is: projections,
-    qk-norm per head (2302.05442), position, scores, soft-cap (2408.00118), mask.
+    ``o_proj(softmax(cap(q·k / √s) − distance term) v)`` per head, s = query_pre_attn_scalar. Scores are soft-capped
+    (2408.00118) before distances and mask; `graft.token_mixers.heads.MultiHead` has what comes before the scores, the
+    state and the count of FLOPs.
 
     Deviations: projections have no bias unless asked; heads need not fill hidden_size; a window counts the query itself
     and, in an encoder, reaches as far to both sides; attention dropout acts on probabilities, in training only.
 
-    State: keys and values of all positions, or of the last ``sliding_window``: 2·K·H numbers per position kept (and one
-    integer once documents are told apart). FLOPs: see `flops_per_token`.
-
     Args:
         config: what is computed.
         site: the surroundings.
-
-    Attributes:
-        kernels: how it is computed (``runtime.kernels``); may be set at any time, the numbers agree.
-
-    Raises:
-        ConfigError: head_dim is not given and num_heads does not divide hidden_size.
     """
 
-    kernels: Kernels = "auto"
-
     def __init__(self, config: AttentionConfig, site: Site):
-        super().__init__()
-        self.config = config
-        self.causal = site.causal
-        self.sliding_window = config.sliding_window
+        super().__init__(config, site)
         self.logit_softcap = config.logit_softcap
         self.dropout = config.dropout
-        self.num_heads = config.num_heads
-        self.num_kv_heads = config.num_kv_heads or config.num_heads
-        self.head_dim = config.head_dim or self._default_head_dim(config, site)
         self.scale = (config.query_pre_attn_scalar or self.head_dim) ** -0.5
-        D, q_size, kv_size = site.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.q_proj = site.make_linear(D, q_size, role="attention", bias=config.qkv_bias)
-        self.k_proj = site.make_linear(D, kv_size, role="attention", bias=config.qkv_bias)
-        self.v_proj = site.make_linear(D, kv_size, role="attention", bias=config.qkv_bias)
-        self.o_proj = site.make_linear(q_size, D, role="attention", bias=config.output_bias, residual_output=True)
-        self.q_norm = site.make_norm(self.head_dim, config.qk_norm) if config.qk_norm else None
-        self.k_norm = site.make_norm(self.head_dim, config.qk_norm) if config.qk_norm else None
-        self.position: AttentionPosition = config.position.build(self.num_heads, self.head_dim)
-        self.value_residual = ValueResidual() if config.value_residual else None
 
-    @staticmethod
-    def _default_head_dim(config: AttentionConfig, site: Site) -> int:
-        if site.hidden_size % config.num_heads:
-            raise ConfigError(
-                f"num_heads {config.num_heads} does not divide hidden_size {site.hidden_size}",
-                where=f"layer {site.layer_idx}: attention.head_dim",
-                fix="set head_dim, or another number of heads",
-            )
-        return site.hidden_size // config.num_heads
-
-    def forward(self, x_BTD: Float[Tensor, "B T D"], ctx: Context, state: KVState | None = None) -> PartOutput:
-        """[B, T, D] to [B, T, D]; see `graft.part.Part`. Decoding is causal only."""
-        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, ctx)
-        published: dict[str, Tensor] = {}
-        if self.value_residual is not None:
-            first_BTKH = ctx.published.get(VALUE_RESIDUAL)
-            if first_BTKH is None:
-                published[VALUE_RESIDUAL] = first_BTKH = v_BTKH
-            v_BTKH = self.value_residual(v_BTKH, first_BTKH)
-        if state is None:
-            o_BTNH = self._attend(q_BTNH, k_BTKH, v_BTKH, ctx.segment_ids_BT, ctx.segment_ids_BT, causal=ctx.causal)
-        else:
-            assert ctx.causal, "an encoder has no state"
-            o_BTNH, state = self._decode(q_BTNH, k_BTKH, v_BTKH, ctx.segment_ids_BT, state)
-        return PartOutput(self.o_proj(o_BTNH.flatten(-2)), state, {}, published)
-
-    def _project(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys with norm and position worked in, and values."""
-        q_BTNH, k_BTKH, v_BTKH = (
-            projection(x_BTD).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        tables = tables_for(self.position, ctx.tables, ctx.positions_BT)
-        return self.position.encode(q_BTNH, tables), self.position.encode(k_BTKH, tables), v_BTKH
-
-    def _decode(
-        self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, segments_BT: Tensor | None, state: KVState
-    ) -> tuple[Tensor, KVState]:
-        """Attends from the new positions to everything they may see, and keeps their keys and values."""
-        window = self.sliding_window
-        any_order = self.position.slopes(q_BTNH.device) is None
-        keys, state = extend(state, k_BTKH, v_BTKH, segments_BT, window=window, any_order=any_order)
-        if keys.segments_BS is not None and segments_BT is None:
-            segments_BT = keys.segments_BS.new_ones((1, 1)).expand(q_BTNH.shape[:2])
-        return self._attend(
-            q_BTNH,
-            keys.k_BSKH.to(q_BTNH.dtype),
-            keys.v_BSKH.to(q_BTNH.dtype),
-            segments_BT,
-            keys.segments_BS,
-            causal=not keys.all_seen,
-            limited=not keys.all_seen,
-            offset=keys.offset,
-        ), state
-
-    def _attend(
+    def attend(
         self,
         q_BTNH: Tensor,
         k_BSKH: Tensor,
@@ -165,8 +41,9 @@ class Attention(Part):
         *,
         causal: bool,
         limited: bool = True,
-        offset: int = 0,
+        offset: int | None = None,
     ) -> Tensor:
+        """Softmax over the visible keys; see `MultiHead.attend`."""
         return attention(
             q_BTNH,
             k_BSKH,
@@ -182,20 +59,3 @@ class Attention(Part):
             dropout=self.dropout if self.training else 0.0,
             kernels=self.kernels,
         )
-
-    def init_state(self, batch_size: int, max_len: int, *, device: torch.device, dtype: torch.dtype) -> State:
-        """Room for ``max_len`` positions, or for ``sliding_window`` if that is fewer."""
-        capacity = min(self.sliding_window or max_len, max_len)
-        return empty_state(batch_size, self.num_kv_heads, capacity, self.head_dim, device=device, dtype=dtype)
-
-    def flops_per_token(self, seq_len: int) -> float:
-        """2 per weight of the projections, and 4·N·H per visible pair (scores, and values): both exact."""
-        pairs = visible_pairs(seq_len, self.sliding_window, causal=self.causal)
-        return linear_flops(self) + 4 * self.num_heads * self.head_dim * pairs / seq_len
-
-
-def visible_pairs(seq_len: int, window: int | None, *, causal: bool) -> int:
-    """How many (query, key) pairs one document of ``seq_len`` positions has."""
-    reach = min(window or seq_len, seq_len)  # keys seen to the left, the query itself included
-    one_side = reach * seq_len - reach * (reach - 1) // 2
-    return one_side if causal else 2 * one_side - seq_len

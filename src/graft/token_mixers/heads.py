@@ -1,0 +1,151 @@
+"""What all attention over heads shares: projections, head norms, positions, and the keys and values it keeps."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from graft.errors import ConfigError
+from graft.part import Context, Part, PartOutput, Site, State, linear_flops
+from graft.positions.base import AttentionPosition, tables_for
+from graft.shapes import Float
+from graft.token_mixers.heads_config import HeadsConfig
+from graft.token_mixers.kv_state import KVState, empty_state, extend
+from graft.token_mixers.value_residual import VALUE_RESIDUAL, ValueResidual
+
+
+class MultiHead(Part):
+    """Base of attention over heads: ``o_proj(attend(q, k, v))``; a subclass says in `attend` how values are weighed.
+
+    The order is: projections, qk-norm per head (2302.05442), position, value residual, `attend`.
+
+    State: keys and values of all positions, or of the last ``sliding_window``: 2·K·H numbers per position kept (and one
+    integer once documents are told apart). FLOPs: see `flops_per_token`.
+
+    Args:
+        config: heads, window, position, norms, biases.
+        site: the surroundings.
+
+    Raises:
+        ConfigError: head_dim is not given and num_heads does not divide hidden_size.
+    """
+
+    def __init__(self, config: HeadsConfig, site: Site):
+        super().__init__()
+        self.config = config
+        self.causal = site.causal
+        self.sliding_window = config.sliding_window
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads or config.num_heads
+        self.head_dim = config.head_dim or _default_head_dim(config, site)
+        D, q_size, kv_size = site.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = site.make_linear(D, q_size, role="attention", bias=config.qkv_bias)
+        self.k_proj = site.make_linear(D, kv_size, role="attention", bias=config.qkv_bias)
+        self.v_proj = site.make_linear(D, kv_size, role="attention", bias=config.qkv_bias)
+        self.o_proj = site.make_linear(q_size, D, role="attention", bias=config.output_bias, residual_output=True)
+        self.q_norm = site.make_norm(self.head_dim, config.qk_norm) if config.qk_norm else None
+        self.k_norm = site.make_norm(self.head_dim, config.qk_norm) if config.qk_norm else None
+        self.position: AttentionPosition = config.position.build(self.num_heads, self.head_dim)
+        self.value_residual = ValueResidual() if config.value_residual else None
+
+    @abstractmethod
+    def attend(
+        self,
+        q_BTNH: Tensor,
+        k_BSKH: Tensor,
+        v_BSKH: Tensor,
+        query_segments_BT: Tensor | None,
+        key_segments_BS: Tensor | None,
+        *,
+        causal: bool,
+        limited: bool = True,
+        offset: int | None = None,
+    ) -> Tensor:
+        """Values weighed by what queries make of keys: [B, T, N, H].
+
+        Args:
+            q_BTNH: queries, norm and position worked in.
+            k_BSKH: keys, alike.
+            v_BSKH: values.
+            query_segments_BT: document numbers of the queries, 0 = padding; None = one document.
+            key_segments_BS: those of the keys.
+            causal: keys after a query are hidden.
+            limited: the sliding window applies (it does not when the state holds just what is inside it).
+            offset: index of query 0 among the keys; None = the queries are the last of the keys.
+        """
+
+    def forward(self, x_BTD: Float[Tensor, "B T D"], ctx: Context, state: KVState | None = None) -> PartOutput:
+        """[B, T, D] to [B, T, D]; see `graft.part.Part`. Decoding is causal only."""
+        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, ctx)
+        published: dict[str, Tensor] = {}
+        if self.value_residual is not None:
+            first_BTKH = ctx.published.get(VALUE_RESIDUAL)
+            if first_BTKH is None:
+                published[VALUE_RESIDUAL] = first_BTKH = v_BTKH
+            v_BTKH = self.value_residual(v_BTKH, first_BTKH)
+        if state is None:
+            o_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, ctx.segment_ids_BT, ctx.segment_ids_BT, causal=ctx.causal)
+        else:
+            assert ctx.causal, "an encoder has no state"
+            o_BTNH, state = self._decode(q_BTNH, k_BTKH, v_BTKH, ctx.segment_ids_BT, state)
+        return PartOutput(self.o_proj(o_BTNH.flatten(-2)), state, {}, published)
+
+    def project(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys with norm and position worked in, and values."""
+        q_BTNH, k_BTKH, v_BTKH = (
+            projection(x_BTD).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        tables = tables_for(self.position, ctx.tables, ctx.positions_BT)
+        return self.position.encode(q_BTNH, tables), self.position.encode(k_BTKH, tables), v_BTKH
+
+    def _decode(
+        self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, segments_BT: Tensor | None, state: KVState
+    ) -> tuple[Tensor, KVState]:
+        """Attends from the new positions to everything they may see, and keeps their keys and values."""
+        window = self.sliding_window
+        any_order = self.position.slopes(q_BTNH.device) is None
+        keys, state = extend(state, k_BTKH, v_BTKH, segments_BT, window=window, any_order=any_order)
+        if keys.segments_BS is not None and segments_BT is None:
+            segments_BT = keys.segments_BS.new_ones((1, 1)).expand(q_BTNH.shape[:2])
+        return self.attend(
+            q_BTNH,
+            keys.k_BSKH.to(q_BTNH.dtype),
+            keys.v_BSKH.to(q_BTNH.dtype),
+            segments_BT,
+            keys.segments_BS,
+            causal=not keys.all_seen,
+            limited=not keys.all_seen,
+            offset=keys.offset,
+        ), state
+
+    def init_state(self, batch_size: int, max_len: int, *, device: torch.device, dtype: torch.dtype) -> State:
+        """Room for ``max_len`` positions, or for ``sliding_window`` if that is fewer."""
+        capacity = min(self.sliding_window or max_len, max_len)
+        return empty_state(batch_size, self.num_kv_heads, capacity, self.head_dim, device=device, dtype=dtype)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """2 per weight of the projections, and 4·N·H per visible pair (scores, and values): both exact."""
+        pairs = visible_pairs(seq_len, self.sliding_window, causal=self.causal)
+        return linear_flops(self) + 4 * self.num_heads * self.head_dim * pairs / seq_len
+
+
+def _default_head_dim(config: HeadsConfig, site: Site) -> int:
+    if site.hidden_size % config.num_heads:
+        raise ConfigError(
+            f"num_heads {config.num_heads} does not divide hidden_size {site.hidden_size}",
+            where=f"layer {site.layer_idx}: attention.head_dim",
+            fix="set head_dim, or another number of heads",
+        )
+    return site.hidden_size // config.num_heads
+
+
+def visible_pairs(seq_len: int, window: int | None, *, causal: bool) -> int:
+    """How many (query, key) pairs one document of ``seq_len`` positions has."""
+    reach = min(window or seq_len, seq_len)  # keys seen to the left, the query itself included
+    one_side = reach * seq_len - reach * (reach - 1) // 2
+    return one_side if causal else 2 * one_side - seq_len
