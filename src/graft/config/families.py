@@ -83,6 +83,8 @@ class TokenMixerConfig(PartConfig):
 
     family = "token_mixer"
     supports_bidirectional: ClassVar[bool] = True
+    mixes_tokens: ClassVar[bool] = True
+    """False for a control, which moves nothing."""
 
 
 class ChannelMixerConfig(PartConfig):

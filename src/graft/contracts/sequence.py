@@ -10,7 +10,8 @@ from graft.contracts.subject import TOLERANCE, ContractBroken, Subject, assert_c
 
 
 def _mixes_tokens(subject: Subject) -> bool:
-    return any(isinstance(part, TokenMixerConfig) for parts in subject.config.layers() for part in parts)
+    parts = (part for layer in subject.config.layers() for part in layer)
+    return any(isinstance(part, TokenMixerConfig) and part.mixes_tokens for part in parts)
 
 
 @torch.no_grad()
