@@ -95,6 +95,7 @@ def train(
         Preempted, Interrupted, DivergedError, ResourceError, DataError, CheckpointError, ConfigError.
     """
     from graft.config.advice import warnings
+    from graft.report.page import write_report
     from graft.training.resume import parse_resume
     from graft.training.session import Options, train_run
 
@@ -106,6 +107,7 @@ def train(
         advice=warnings(experiment),
         sampler=None if experiment.model.bidirectional else _sampler(experiment),
         stream=stream,
+        finish=write_report,
     )
     return train_run(experiment, options)
 

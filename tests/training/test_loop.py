@@ -47,7 +47,7 @@ def test_a_run_leaves_everything_in_its_directory(tiny, tmp_path):
     assert load_tokenizer(folder / "tokenizer").vocab_size == 257
     found = lines(folder / "metrics.jsonl")
     assert [(e["kind"], e["step"]) for e in found] == [
-        ("eval", 4), ("train", 5), ("eval", 8), ("train", 10), ("train", 12), ("eval", 12),
+        ("eval", 0), ("eval", 4), ("train", 5), ("eval", 8), ("train", 10), ("train", 12), ("eval", 12),
     ]  # fmt: skip
     samples = [e for e in lines(folder / "events.jsonl") if e["event"] == "samples"]
     assert [(e["step"], len(e["texts"])) for e in samples] == [(6, 3), (12, 3)]

@@ -91,7 +91,7 @@ def test_a_directory_that_holds_a_run_is_refused_unless_resumed(tiny, tmp_path):
     again = train(experiment, tmp_path / "run", resume="auto")
     assert again.step == 4
     assert_same_weights(first, again)
-    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 5, "a finished run trains nothing and logs nothing"
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 6, "a finished run trains nothing and logs nothing"
 
 
 def test_resume_takes_a_word_or_a_checkpoint(tiny, tmp_path):
@@ -204,7 +204,7 @@ def test_another_number_of_threads_is_said_to_break_equality(tiny, tmp_path, mon
 
 
 def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept_beside_the_last(tiny, tmp_path, monkeypatch):
-    losses = iter([4.0, 2.0, 3.0, 5.0])
+    losses = iter([1.0, 4.0, 2.0, 3.0, 5.0])  # the first is the untrained model's, which is no candidate
     monkeypatch.setattr("graft.training.hooks.evaluate", lambda run: {"loss": next(losses), "bpb": None})
     overrides = ("training.max_steps=8", "checkpoint.interval=2", "evaluation.interval=2", "checkpoint.keep_last=1")
     run = train(tiny(*overrides), tmp_path / "run")

@@ -89,14 +89,18 @@ class EvaluateHook:
             self.evaluate(run)
 
     def evaluate(self, run: Run) -> None:
-        """Evaluates now."""
+        """Evaluates now, and remembers whether it was the best."""
+        run.note_evaluation(self.measure(run))
+
+    def measure(self, run: Run) -> dict[str, float | None]:
+        """The numbers, written and told, without being remembered."""
         started = time.monotonic()
         numbers = evaluate(run)
-        run.note_evaluation(numbers)
         self._recorder.line("eval", run.step, numbers, {"seconds": time.monotonic() - started})
         loss, bpb = numbers["loss"], numbers["bpb"]
         text = "none" if loss is None else f"{loss:.4f}" + ("" if bpb is None else f"  bpb {bpb:.4f}")
         self._recorder.console.say(f"step {run.step}/{run.max_steps}  held-out loss {text}")
+        return numbers
 
 
 class CheckpointHook:

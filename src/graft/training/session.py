@@ -48,7 +48,7 @@ class Options:
         advice: lines to show at the start (what is allowed in the config but probably not meant).
         sampler: makes the sample texts; None = no samples.
         stream: where a person reads; None = stderr.
-        finish: called with the run directory after the last save of a finished run (writes the report).
+        finish: called with the run directory of a finished run, when its status says so (writes the report).
     """
 
     out: Path | None = None
@@ -58,7 +58,7 @@ class Options:
     advice: Sequence[str] = ()
     sampler: Sampler | None = None
     stream: TextIO | None = None
-    finish: Callable[[Path], None] | None = None
+    finish: Callable[[Path], object] | None = None
 
 
 def run_folder(experiment: Experiment, options: Options) -> Path:
@@ -79,7 +79,10 @@ def train_run(experiment: Experiment, options: Options) -> Run:
     with RunDirectory.open(folder) as directory, runtime_restored():
         session = Session(experiment, options, directory)
         with session.outcome():
-            return session.train()
+            run = session.train()
+        if options.finish is not None:
+            options.finish(folder)
+        return run
 
 
 def _refuse_existing(folder: Path, resume: Resume) -> None:
@@ -137,8 +140,6 @@ class Session:
         self._write_files(run, runtime)
         with self._recording() as recorder:
             self._fit(run, recorder)
-        if self.options.finish is not None:
-            self.options.finish(self.directory.path)
         return run
 
     def _find_checkpoint(self) -> Loaded | None:
@@ -201,6 +202,8 @@ class Session:
         )
         with StopRequest() as stop, self.notices.console as console:
             self.directory.write_status("running", run.step, resumable=checkpoints.any_valid())
+            if run.step == 0:
+                EvaluateHook(recorder).measure(run)  # the untrained model, to compare with
             console.start_progress(run.step, run.max_steps)
             fit(run, self._hooks(run, recorder, checkpoints), Recovery(checkpoints, recorder), stop)
             if run.step < run.max_steps:
