@@ -23,9 +23,9 @@ from graft.ops.attention_reference import reference_attention
 FAST = {"folded": folded_attention, "banded": banded_attention}
 
 
-def random_qkv(B=2, T=5, S=None, N=4, K=2, H=8, dtype=torch.float64, seed=0) -> list[Tensor]:
+def random_qkv(B=2, T=5, S=None, N=4, K=2, H=8, dtype=torch.float64, seed=0, v_head_dim=None) -> list[Tensor]:
     g = torch.Generator().manual_seed(seed)
-    shapes = [(B, T, N, H), (B, S or T, K, H), (B, S or T, K, H)]
+    shapes = [(B, T, N, H), (B, S or T, K, H), (B, S or T, K, v_head_dim or H)]
     return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 
 
@@ -62,10 +62,10 @@ def problems(draw):
 
 @pytest.mark.parametrize("name", FAST)
 @settings(max_examples=60)
-@given(problem=problems())
-def test_fast_kernels_equal_the_definition_in_values_and_gradients(name, problem):
+@given(problem=problems(), v_head_dim=st.sampled_from([4, 4, 1, 7]))
+def test_fast_kernels_equal_the_definition_in_values_and_gradients(name, problem, v_head_dim):
     (K, group, T, S, seed), visibility, scoring = problem
-    qkv = random_qkv(T=T, S=S, N=K * group, K=K, H=4, seed=seed)
+    qkv = random_qkv(T=T, S=S, N=K * group, K=K, H=4, seed=seed, v_head_dim=v_head_dim)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_banded, "BLOCK", 4)
         fast = values_and_gradients(FAST[name], qkv, visibility, scoring)
@@ -90,8 +90,9 @@ def test_fast_kernels_in_training_dtypes_at_the_real_block_size(name, dtype, tol
         assert ((a.double() - b).abs().max() / scale) < tolerance
 
 
-def test_definition_equals_pytorch():
-    q, k, v = random_qkv(T=7, S=7, N=6, K=3)
+@pytest.mark.parametrize("v_head_dim", [8, 5])
+def test_definition_equals_pytorch(v_head_dim):
+    q, k, v = random_qkv(T=7, S=7, N=6, K=3, v_head_dim=v_head_dim)
     out = attention(q, k, v, scale=0.4, causal=True, kernels="reference")
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.4, enable_gqa=True)
@@ -147,6 +148,8 @@ def test_choice_of_kernel():
     assert chosen(SDPA_FROM) == "sdpa"
     assert chosen(SDPA_FROM, dtype=torch.bfloat16) == "banded"
     assert chosen(SDPA_FROM, dropout=0.1) == "banded"
+    assert chosen(SDPA_FROM, v_head_dim=4) == "sdpa"
+    assert chosen(SDPA_FROM, v_head_dim=3) == "banded"
     assert chosen(SDPA_FROM, window=512) == "banded"
     assert chosen(SDPA_FROM, segments=True) == "banded"
     assert chosen(SDPA_FROM, scoring=Scoring(1.0, softcap=50.0)) == "banded"
@@ -215,8 +218,9 @@ def test_the_window_decides_the_work(monkeypatch):
     assert max(counted) == 16 * (16 + window - 1)
 
 
-def test_the_flop_counter_sees_what_blocks_compute():
-    q, k, v = random_qkv(B=3, T=1000, N=4, K=2, H=8, dtype=torch.float32)
+@pytest.mark.parametrize("v_head_dim", [8, 5])
+def test_the_flop_counter_sees_what_blocks_compute(v_head_dim):
+    q, k, v = random_qkv(B=3, T=1000, N=4, K=2, H=8, dtype=torch.float32, v_head_dim=v_head_dim)
     block, T, window = attention_banded.BLOCK, 1000, 200
     ends = [*range(block, T, block), T]
     pairs = sum((e - s) * (e - max(0, s - window + 1)) for s, e in zip(range(0, T, block), ends, strict=True))
@@ -224,8 +228,8 @@ def test_the_flop_counter_sees_what_blocks_compute():
         out = attention(q, k, v, scale=1.0, causal=True, sliding_window=window)
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()
-    assert forward.get_total_flops() == 2 * 2 * 3 * 4 * 8 * pairs
-    assert backward.get_total_flops() == 2 * 5 * 3 * 4 * 8 * pairs
+    assert forward.get_total_flops() == 2 * 3 * 4 * (8 + v_head_dim) * pairs
+    assert backward.get_total_flops() == 2 * 3 * 4 * (3 * 8 + 2 * v_head_dim) * pairs
 
 
 @pytest.mark.parametrize("T", [40, 600])

@@ -33,6 +33,7 @@ def choose_kernel(
     visibility: Visibility,
     scoring: Scoring,
     *,
+    v_head_dim: int | None = None,
     dropout: float = 0.0,
     kernels: Kernels = "auto",
 ) -> Kernel:
@@ -40,14 +41,16 @@ def choose_kernel(
 
     ``reference`` on request; ``sdpa`` (PyTorch's fused kernel, which knows only plain or wholly causal attention) on
     accelerators and for long fp32 sequences; ``banded`` for what is long, or limited by a window over more than one
-    block; ``folded`` for the rest. Shapes alone decide: the same on the meta device as on a CPU.
+    block; ``folded`` for the rest. Shapes alone decide: the same on the meta device as on a CPU. Values of another width
+    than keys (``v_head_dim``, None = the same) keep a CPU from its fused kernel, which cannot have them.
     """
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    one_width = v_head_dim is None or v_head_dim == q_BTNH.shape[-1]
     if kernels == "reference":
         return "reference"
     if _fused_can(T, S, visibility, scoring):
         on_cpu = q_BTNH.device.type in ("cpu", "meta")
-        if not on_cpu or (T >= SDPA_FROM and q_BTNH.dtype == torch.float32 and dropout == 0.0):
+        if not on_cpu or (one_width and T >= SDPA_FROM and q_BTNH.dtype == torch.float32 and dropout == 0.0):
             return "sdpa"
     limited = visibility.window is not None and visibility.window < S
     return "banded" if T >= FOLDED_BELOW or (limited and T > BLOCK) else "folded"
@@ -65,7 +68,7 @@ def _fused_can(T: int, S: int, visibility: Visibility, scoring: Scoring) -> bool
 def attention(
     q_BTNH: Float[Tensor, "B T N H"],
     k_BSKH: Float[Tensor, "B S K H"],
-    v_BSKH: Float[Tensor, "B S K H"],
+    v_BSKH: Float[Tensor, "B S K v_head_dim"],
     *,
     scale: float,
     causal: bool,
@@ -77,7 +80,7 @@ def attention(
     slopes_N: Float[Tensor, " N"] | None = None,
     dropout: float = 0.0,
     kernels: Kernels = "auto",
-) -> Float[Tensor, "B T N H"]:
+) -> Float[Tensor, "B T N v_head_dim"]:
     """``softmax(cap(scale·q·k) − slope·|i − j|) v`` over the keys a query may see.
 
     Under autocast q, k and v are cast to its dtype; softmax statistics are fp32 in every kernel.
@@ -85,7 +88,7 @@ def attention(
     Args:
         q_BTNH: queries, N = K·G heads; head n reads key head n // G.
         k_BSKH: keys.
-        v_BSKH: values.
+        v_BSKH: values, which may have more or fewer channels than keys.
         scale: factor on q·k.
         causal: hide keys after the query.
         sliding_window: hide keys at a distance of this many or more (a query counts itself); None = no limit.
@@ -108,7 +111,8 @@ def attention(
     visibility = Visibility(causal, sliding_window, offset, query_segments_BT, key_segments_BS)
     scoring = Scoring(scale, softcap, slopes_N)
     q_BTNH, k_BSKH, v_BSKH = (_autocast(x) for x in (q_BTNH, k_BSKH, v_BSKH))
-    kernel = choose_kernel(q_BTNH, k_BSKH, visibility, scoring, dropout=dropout, kernels=kernels)
+    width = v_BSKH.shape[-1]
+    kernel = choose_kernel(q_BTNH, k_BSKH, visibility, scoring, v_head_dim=width, dropout=dropout, kernels=kernels)
     with _no_autocast(q_BTNH.device):
         match kernel:
             case "reference":

@@ -123,10 +123,10 @@ def _banded(
     softcap: float | None,
     slopes: Tensor | None,
 ) -> Tensor:
-    """[B·K, T·G, H] folded queries, [B·K, S, H] keys and values to [B·K, T·G, H]."""
+    """[B·K, T·G, H] folded queries, [B·K, S, H] keys, values [B·K, S, any width] to [B·K, T·G, that width]."""
     visibility = Visibility(causal, window, offset, query_segments, key_segments)
     scoring = Scoring(scale, softcap, slopes)
-    out = torch.empty_like(q)
+    out = q.new_empty(*q.shape[:2], v.shape[-1])
     for block in _blocks(q, k, (batch, q.shape[0] // batch, group), visibility, scoring):
         rows, keys = block.rows, block.keys
         p = _probabilities_(_capped_scores(q[:, rows], k[:, keys], scoring), block)
@@ -173,8 +173,8 @@ def _banded_backward(
 
 
 @_banded.register_fake
-def _(q: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(q)
+def _(q: Tensor, _k: Tensor, v: Tensor, *_: object) -> Tensor:
+    return q.new_empty(*q.shape[:2], v.shape[-1])
 
 
 @_banded_backward.register_fake
@@ -198,8 +198,15 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
 _banded.register_autograd(_backward, setup_context=_keep)
 
 
-def _pair_flops(products: int, q: Any, k: Any, _v: Any, _batch: int, *settings: Any) -> int:
-    """``products`` matrix products over the pairs that blocks compute, hidden ones inside a block's range included."""
+def _pair_flops(over_keys: int, over_values: int, q: Any, k: Any, v: Any, _batch: int, *settings: Any) -> int:
+    """Matrix products over the pairs that blocks compute, hidden ones inside a block's range included.
+
+    Args:
+        over_keys: products with a side as wide as keys.
+        over_values: products with a side as wide as values.
+        q, k, v: shapes.
+        settings: the rest of the operator's arguments.
+    """
     group, causal, window, offset = settings[:4]
     visibility = Visibility(causal, window, offset)
     num_queries, pairs = q[1] // group, 0
@@ -207,16 +214,16 @@ def _pair_flops(products: int, q: Any, k: Any, _v: Any, _batch: int, *settings: 
         end = min(start + BLOCK, num_queries)
         first, last = visibility.key_range(start, end, k[1])
         pairs += (end - start) * (last - first)
-    return products * 2 * q[0] * group * q[2] * pairs
+    return 2 * q[0] * group * (over_keys * q[2] + over_values * v[2]) * pairs
 
 
 @register_flop_formula(torch.ops.graft.banded_attention)
 def _forward_flops(*arguments: Any, **_: Any) -> int:
     """For PyTorch's FLOP counter: scores and outputs."""
-    return _pair_flops(2, *arguments)
+    return _pair_flops(1, 1, *arguments)
 
 
 @register_flop_formula(torch.ops.graft.banded_attention_backward)
 def _backward_flops(_d_out: Any, *arguments: Any, **_: Any) -> int:
     """For PyTorch's FLOP counter: scores again, and the gradients of v, probabilities, q and k."""
-    return _pair_flops(5, *arguments)
+    return _pair_flops(3, 2, *arguments)
