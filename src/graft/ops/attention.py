@@ -41,8 +41,8 @@ def choose_kernel(
 
     ``reference`` on request; ``sdpa`` (PyTorch's fused kernel, which knows only plain or wholly causal attention) on
     accelerators and for long fp32 sequences; ``banded`` for what is long, or limited by a window over more than one
-    block; ``folded`` for the rest. Shapes alone decide: the same on the meta device as on a CPU. Values of another width
-    than keys (``v_head_dim``, None = the same) keep a CPU from its fused kernel, which cannot have them.
+    block; ``folded`` for the rest. Shapes alone decide: the same on the meta device as on a CPU. Values of another
+    width than keys (``v_head_dim``, None = the same) keep a CPU from its fused kernel, which cannot have them.
     """
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     one_width = v_head_dim is None or v_head_dim == q_BTNH.shape[-1]
