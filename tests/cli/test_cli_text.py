@@ -17,6 +17,7 @@ from graft.generation.chat import Conversation
 from graft.generation.engine import generate
 from graft.generation.sampling import SamplingSettings
 from graft.generation.text import generate_text
+from graft.training.checkpoint import CheckpointStore
 from graft.training.load import LoadedRun, find_checkpoint, load_run
 from tiny_run import tiny
 
@@ -57,9 +58,17 @@ def test_a_run_is_read_back_as_it_was(folder: Path, loaded: LoadedRun) -> None:
     assert all(p.dtype == torch.bfloat16 for p in half.model.parameters())
 
 
-def test_the_best_checkpoint_has_the_lowest_loss(folder: Path) -> None:
-    scores = {p: json.loads((p / "manifest.json").read_text())["score"] for p in folder.glob("checkpoints/step-*")}
-    assert find_checkpoint(folder, "best") == min(scores, key=lambda p: scores[p])
+def test_the_best_checkpoint_has_the_lowest_loss(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep_last=5)
+    for step, score in ((1, 3.0), (2, 1.0), (3, 2.0)):
+        store.save(step, {"model": {"w": torch.zeros(1)}}, {}, {}, score=score)
+    assert find_checkpoint(tmp_path, "best").name == "step-00000002"
+    assert find_checkpoint(tmp_path, "newest").name == "step-00000003"
+    # a damaged one is passed over, and left for its run to deal with
+    damaged = tmp_path / "checkpoints" / "step-00000003"
+    (damaged / "model.safetensors").write_bytes(b"")
+    assert find_checkpoint(tmp_path, "newest").name == "step-00000002"
+    assert damaged.is_dir()
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
