@@ -1,0 +1,39 @@
+"""What a recurrence with decay carries from one call to the next."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class DecayState(NamedTuple):
+    """The state of `graft.ops.decay_attention`, and the document it belongs to.
+
+    Args:
+        S_BNHF: one matrix per head, in fp32 or wider: rounding it would add up over the positions.
+        segment_B: number of the document under way; 0 = none yet.
+        count_B: its real positions so far.
+    """
+
+    S_BNHF: Tensor
+    segment_B: Tensor
+    count_B: Tensor
+
+
+def empty_decay_state(
+    batch_size: int, num_heads: int, head_dim: int, value_dim: int, *, device: torch.device, dtype: torch.dtype
+) -> DecayState:
+    """The state before the first position."""
+    wide = torch.promote_types(dtype, torch.float32)
+    S_BNHF = torch.zeros(batch_size, num_heads, head_dim, value_dim, device=device, dtype=wide)
+    nothing_B = torch.zeros(batch_size, device=device, dtype=torch.int64)
+    return DecayState(S_BNHF, nothing_B, nothing_B.clone())
+
+
+def continued_segments(segment_ids_BT: Tensor | None, state: DecayState, num_new: int) -> Tensor:
+    """Document numbers of the next positions: the given ones, else each row's document goes on (the first is 1)."""
+    if segment_ids_BT is not None:
+        return segment_ids_BT
+    return state.segment_B.clamp_min(1)[:, None].expand(-1, num_new)
