@@ -58,9 +58,9 @@ def choose_kernel(
 
 def _fused_can(T: int, S: int, visibility: Visibility, scoring: Scoring) -> bool:
     """Whether `torch.nn.functional.scaled_dot_product_attention` can express this without a mask tensor."""
-    if scoring.softcap is not None or scoring.slopes_N is not None or visibility.query_segments_BT is not None:
+    if scoring.softcap is not None or scoring.slopes_N is not None or scoring.rates_H is not None:
         return False
-    if visibility.window is not None:
+    if visibility.query_segments_BT is not None or visibility.window is not None:
         return False
     return not visibility.causal or (T == S and visibility.offset == 0) or (T == 1 and visibility.offset == S - 1)
 
@@ -78,10 +78,11 @@ def attention(
     query_segments_BT: Int[Tensor, "B T"] | None = None,
     key_segments_BS: Int[Tensor, "B S"] | None = None,
     slopes_N: Float[Tensor, " N"] | None = None,
+    rates_H: Float[Tensor, " H"] | None = None,
     dropout: float = 0.0,
     kernels: Kernels = "auto",
 ) -> Float[Tensor, "B T N v_head_dim"]:
-    """``softmax(cap(scale·q·k) − slope·|i − j|) v`` over the keys a query may see.
+    """``softmax(cap(scale·q·k) − slope·|i − j|) v`` over the keys a query may see; see `Scoring` for scores.
 
     Under autocast q, k and v are cast to its dtype; softmax statistics are fp32 in every kernel.
 
@@ -97,6 +98,7 @@ def attention(
         query_segments_BT: document numbers of the queries, 0 = padding; a query sees its own document alone.
         key_segments_BS: document numbers of the keys; given exactly when the queries' are.
         slopes_N: constants (no gradient), the distance penalty of each head; None = none.
+        rates_H: constants ≥ 0 (no gradient), the rates at which channels of q·k fade with distance; None = none does.
         dropout: rate of probabilities dropped (the rest is scaled up); 0 outside training.
         kernels: ``reference`` forces the plain definition.
 
@@ -109,7 +111,7 @@ def attention(
     if sliding_window is not None and sliding_window >= max(S, T + offset, S - offset):
         sliding_window = None  # it hides nothing
     visibility = Visibility(causal, sliding_window, offset, query_segments_BT, key_segments_BS)
-    scoring = Scoring(scale, softcap, slopes_N)
+    scoring = Scoring(scale, softcap, slopes_N, rates_H)
     q_BTNH, k_BSKH, v_BSKH = (_autocast(x) for x in (q_BTNH, k_BSKH, v_BSKH))
     width = v_BSKH.shape[-1]
     kernel = choose_kernel(q_BTNH, k_BSKH, visibility, scoring, v_head_dim=width, dropout=dropout, kernels=kernels)

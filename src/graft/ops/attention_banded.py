@@ -22,9 +22,11 @@ from graft.ops.attention_folded import (
     fold_queries,
     make_block,
     probabilities,
+    products,
     unfold_queries,
 )
 from graft.ops.attention_mask import Scoring, Visibility
+from graft.ops.decayed_products import decayed_products_backward
 
 BLOCK = 128
 """Query positions per block (P). Smaller blocks waste fewer masked pairs, larger ones make better matrix products."""
@@ -60,6 +62,7 @@ def banded_attention(
             scoring.scale,
             scoring.softcap,
             scoring.slopes_N,
+            scoring.rates_H,
         )
     return unfold_queries(out, B, N)
 
@@ -89,9 +92,9 @@ def _blocks(
         yield make_block(visibility, scoring, shape, queries, k.shape[1], q)
 
 
-def _capped_scores(q: Tensor, k: Tensor, scoring: Scoring) -> Tensor:
+def _capped_scores(q: Tensor, k: Tensor, block: Block, scoring: Scoring) -> Tensor:
     """[B·K, P·G, C] scores of one block before distances and mask."""
-    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scoring.scale)
+    scores = products(q, k, block, scoring).mul_(scoring.scale)
     if scoring.softcap is not None:
         scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
     return scores
@@ -122,14 +125,15 @@ def _banded(
     scale: float,
     softcap: float | None,
     slopes: Tensor | None,
+    rates: Tensor | None = None,
 ) -> Tensor:
     """[B·K, T·G, H] folded queries, [B·K, S, H] keys, values [B·K, S, any width] to [B·K, T·G, that width]."""
     visibility = Visibility(causal, window, offset, query_segments, key_segments)
-    scoring = Scoring(scale, softcap, slopes)
+    scoring = Scoring(scale, softcap, slopes, rates)
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     for block in _blocks(q, k, (batch, q.shape[0] // batch, group), visibility, scoring):
         rows, keys = block.rows, block.keys
-        p = _probabilities_(_capped_scores(q[:, rows], k[:, keys], scoring), block)
+        p = _probabilities_(_capped_scores(q[:, rows], k[:, keys], block, scoring), block)
         torch.bmm(p, v[:, keys], out=out[:, rows])
     return out
 
@@ -150,16 +154,17 @@ def _banded_backward(
     scale: float,
     softcap: float | None,
     slopes: Tensor | None,
+    rates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v. Those of keys and values add up over blocks, in fp32 at least."""
     visibility = Visibility(causal, window, offset, query_segments, key_segments)
-    scoring = Scoring(scale, softcap, slopes)
+    scoring = Scoring(scale, softcap, slopes, rates)
     wide = torch.promote_types(k.dtype, torch.float32)
     d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
     for block in _blocks(q, k, (batch, q.shape[0] // batch, group), visibility, scoring):
         rows, keys = block.rows, block.keys
         q_rows, d_rows, k_cols = q[:, rows], d_out[:, rows], k[:, keys]
-        scores = _capped_scores(q_rows, k_cols, scoring)
+        scores = _capped_scores(q_rows, k_cols, block, scoring)
         slope = None if softcap is None else 1 - (scores / softcap).square()
         p = _probabilities_(scores, block)
         d_v[:, keys] += torch.bmm(p.transpose(1, 2), d_rows)
@@ -167,8 +172,13 @@ def _banded_backward(
         d_scores = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype)
         if slope is not None:
             d_scores.mul_(slope)
-        torch.bmm(d_scores, k_cols, out=d_q[:, rows])
-        d_k[:, keys] += torch.bmm(d_scores.transpose(1, 2), q_rows)
+        if rates is None:
+            torch.bmm(d_scores, k_cols, out=d_q[:, rows])
+            d_k[:, keys] += torch.bmm(d_scores.transpose(1, 2), q_rows)
+        else:
+            place = (group, block.start + offset, block.first, causal)
+            d_q[:, rows], d_k_cols = decayed_products_backward(d_scores, q_rows, k_cols, rates, *place)
+            d_k[:, keys] += d_k_cols
     return d_q.mul_(scale), d_k.mul_(scale).to(k.dtype), d_v.to(v.dtype)
 
 

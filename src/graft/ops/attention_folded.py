@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graft.ops.attention_mask import Scoring, Visibility, distances
+from graft.ops.decayed_products import decayed_products
 
 
 class Penalty(NamedTuple):
@@ -38,6 +39,7 @@ class Block:
         batch, num_kv_heads, group: B, K, G, to find them again in folded tensors.
         start, end: queries.
         first, last: keys.
+        offset, causal: as in `Visibility`.
         penalties: subtracted from the scores; keys in none of them lose nothing.
         hidden: [1 or B, 1, P, 1, C] pairs whose probability is set to 0, when some query may see no key; else None.
     """
@@ -49,6 +51,8 @@ class Block:
     end: int
     first: int
     last: int
+    offset: int
+    causal: bool
     penalties: tuple[Penalty, ...]
     hidden: Tensor | None
 
@@ -96,7 +100,7 @@ def make_block(
     if not visibility.sees_something(end, num_keys):
         seen = visibility.block(start, end, first, last, like.device)
         hidden = None if seen is None else ~seen[:, None, :, None, :]
-    return Block(*shape, start, end, first, last, penalties, hidden)
+    return Block(*shape, start, end, first, last, visibility.offset, visibility.causal, penalties, hidden)
 
 
 def _amounts(
@@ -137,12 +141,19 @@ def unfold_queries(o: Tensor, batch: int, num_heads: int) -> Tensor:
     return o.view(batch, num_kv_heads, -1, group, H).transpose(1, 2).reshape(batch, -1, num_heads, H)
 
 
+def products(q: Tensor, k: Tensor, block: Block, scoring: Scoring) -> Tensor:
+    """[B·K, P·G, C]: q·k of folded q [B·K, P·G, H] and k [B·K, C, H], faded with distance where there are rates."""
+    if scoring.rates_H is None:
+        return torch.bmm(q, k.transpose(1, 2))
+    return decayed_products(q, k, scoring.rates_H, block.group, block.start + block.offset, block.first, block.causal)
+
+
 def probabilities(q: Tensor, k: Tensor, block: Block, scoring: Scoring) -> Tensor:
     """[B·K, P·G, C] attention probabilities of folded q [B·K, P·G, H] and k [B·K, C, H], differentiable.
 
     The softmax works in fp32 inside whatever the dtype; hidden pairs get exactly 0, also in rows that see nothing.
     """
-    scores = torch.bmm(q, k.transpose(1, 2)) * scoring.scale
+    scores = products(q, k, block, scoring) * scoring.scale
     if scoring.softcap is not None:
         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
     for first, last, amounts in block.penalties:

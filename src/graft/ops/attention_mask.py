@@ -71,17 +71,19 @@ class Visibility:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How q·k becomes a score: ``cap(scale·q·k) − slope·|i − j|``.
+    """How q and k become a score: ``cap(scale·Σ_c q_c·k_c·e^(−rate_c·|i − j|)) − slope·|i − j|``.
 
     Args:
         scale: factor on q·k.
         softcap: c in c·tanh(x/c); None = no cap.
         slopes_N: [N] constants per query head; None = no distance term.
+        rates_H: [H] constants ≥ 0 by which channels of q·k fade with distance; None = all rates are 0.
     """
 
     scale: float
     softcap: float | None = None
     slopes_N: Tensor | None = None
+    rates_H: Tensor | None = None
 
 
 def distances(offset: int, start: int, end: int, first: int, last: int, device: torch.device) -> Tensor:

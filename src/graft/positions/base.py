@@ -1,8 +1,9 @@
 """What a position may do. Three small interfaces; a variant implements the ones it needs.
 
-`AttentionPosition` acts inside attention, in two places: `encode` changes queries and keys, each by its own position
-(keys are encoded once, before they are cached), and `slopes` subtracts a multiple of the distance from the scores.
-A position whose score is no function of encoded q·k and distance alone adds a method of its own here.
+`AttentionPosition` acts inside attention, in three places: `encode` changes queries and keys, each by its own position
+(keys are encoded once, before they are cached), `rates` lets the channels of q·k fade with distance, and `slopes`
+subtracts a multiple of the distance from the scores. Distances are counted in positions of one document.
+A position whose score is made in another way adds a method of its own here.
 `TablePosition` needs numbers that depend on the positions alone: the model computes them once per forward, for all
 layers with an equal `table_key`. `EmbeddingPosition` is a vector per position, added to the embeddings.
 """
@@ -33,6 +34,15 @@ class AttentionPosition(nn.Module):
 
     def slopes(self, device: torch.device) -> Tensor | None:
         """[N] fp32 constants: head n's score of positions i, j loses ``slopes[n]·|i - j|``; None = no such term."""
+        return None
+
+    def rates(self, layer_idx: int, device: torch.device) -> Tensor | None:
+        """[H] fp32 constants ≥ 0: channel c of encoded q_i·k_j is multiplied by ``e^(−rates[c]·|i - j|)``; None = by 1.
+
+        Args:
+            layer_idx: physical layer of the attention, from 0.
+            device: where the constants are wanted.
+        """
         return None
 
 

@@ -44,6 +44,7 @@ class Attention(MultiHead):
         offset: int | None = None,
     ) -> Tensor:
         """Softmax over the visible keys; see `MultiHead.attend`."""
+        slopes_N, rates_H = self.distance_terms(q_BTNH.device)
         return attention(
             q_BTNH,
             k_BSKH,
@@ -55,7 +56,8 @@ class Attention(MultiHead):
             offset=offset,
             query_segments_BT=query_segments_BT,
             key_segments_BS=key_segments_BS,
-            slopes_N=self.position.slopes(q_BTNH.device),
+            slopes_N=slopes_N,
+            rates_H=rates_H,
             dropout=self.dropout if self.training else 0.0,
             kernels=self.kernels,
         )

@@ -36,6 +36,7 @@ class MultiHead(Part):
         super().__init__()
         self.config = config
         self.causal = site.causal
+        self.layer_idx = site.layer_idx
         self.sliding_window = config.sliding_window
         self.num_heads = config.num_heads
         self.num_kv_heads = config.num_kv_heads or config.num_heads
@@ -108,7 +109,8 @@ class MultiHead(Part):
     ) -> tuple[Tensor, KVState]:
         """Attends from the new positions to everything they may see, and keeps their keys and values."""
         window = self.sliding_window
-        any_order = self.position.slopes(q_BTNH.device) is None
+        slopes_N, rates_H = self.distance_terms(q_BTNH.device)
+        any_order = slopes_N is None and rates_H is None
         keys, state = extend(state, k_BTKH, v_BTKH, segments_BT, window=window, any_order=any_order)
         if keys.segments_BS is not None and segments_BT is None:
             segments_BT = keys.segments_BS.new_ones((1, 1)).expand(q_BTNH.shape[:2])
@@ -122,6 +124,10 @@ class MultiHead(Part):
             limited=not keys.all_seen,
             offset=keys.offset,
         ), state
+
+    def distance_terms(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """What distance does to scores: slopes [N] and rates [H], see `graft.positions.base.AttentionPosition`."""
+        return self.position.slopes(device), self.position.rates(self.layer_idx, device)
 
     def init_state(self, batch_size: int, max_len: int, *, device: torch.device, dtype: torch.dtype) -> State:
         """Room for ``max_len`` positions, or for ``sliding_window`` if that is fewer."""
