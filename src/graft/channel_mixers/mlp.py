@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from graft.channel_mixers.mlp_config import MlpConfig
+from graft.linears.joint import joint_linear
 from graft.ops.activations import ACTIVATIONS
 from graft.part import Context, Part, PartOutput, Site, State, linear_flops
 from graft.shapes import Float
@@ -29,11 +30,11 @@ class Mlp(Part):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTD: Float[Tensor, "B T D"], ctx: Context, state: State = None) -> PartOutput:
-        up_BTF = self.up_proj(x_BTD)
         if self.gate_proj is None:
-            inner_BTF = self.activation(up_BTF)
+            inner_BTF = self.activation(self.up_proj(x_BTD))
         else:
-            inner_BTF = self.activation(self.gate_proj(x_BTD)) * up_BTF
+            gate_BTF, up_BTF = joint_linear(x_BTD, (self.gate_proj, self.up_proj))
+            inner_BTF = self.activation(gate_BTF) * up_BTF
         return PartOutput(self.down_proj(self.dropout(inner_BTF)))
 
     def flops_per_token(self, seq_len: int) -> float:
