@@ -43,12 +43,14 @@ class Execution:
 
     Args:
         compile: torch.compile each layer, and the chunk of the loss, outside decoding.
+        compile_decode: torch.compile each layer, and the head, for decoding steps of one token.
         activation_checkpointing: "block" keeps only each layer's input and recomputes the rest in the backward pass.
         kernels: "reference" uses the plain form of every operation.
         loss_chunk_bytes: most bytes of fp32 logits the loss holds at once.
     """
 
     compile: bool = False
+    compile_decode: bool = False
     activation_checkpointing: Literal["none", "block"] = "none"
     kernels: Literal["auto", "reference"] = "auto"
     loss_chunk_bytes: int = 256 * 2**20
@@ -82,6 +84,8 @@ class Model(nn.Module):
         self.head = Head(config, vocab_size, num_rows)
         self._table_positions = {m.table_key: m for m in self.modules() if isinstance(m, TablePosition)}
         self._runners: list[Callable[..., BlockOutput]] = list(self.blocks())
+        self._decoders: list[Callable[..., BlockOutput]] = list(self.blocks())
+        self._decoding_head: Callable[..., Tensor] = self.head.forward
 
     def blocks(self) -> Iterator[Block]:
         """The physical layers, in order."""
@@ -101,6 +105,7 @@ class Model(nn.Module):
         self,
         *,
         compile: bool | None = None,
+        compile_decode: bool | None = None,
         activation_checkpointing: Literal["none", "block"] | None = None,
         kernels: Literal["auto", "reference"] | None = None,
         loss_chunk_bytes: int | None = None,
@@ -108,6 +113,7 @@ class Model(nn.Module):
         """Changes how the numbers are computed (see `Execution`); None leaves a choice as it is."""
         given = {
             "compile": compile,
+            "compile_decode": compile_decode,
             "activation_checkpointing": activation_checkpointing,
             "kernels": kernels,
             "loss_chunk_bytes": loss_chunk_bytes,
@@ -115,10 +121,14 @@ class Model(nn.Module):
         self.execution = replace(self.execution, **{name: value for name, value in given.items() if value is not None})
         for part in self.parts():
             part.kernels = self.execution.kernels
+        if compile or compile_decode:
+            _allow_kinds_of_layers(len({repr(parts) for parts in self.config.layers()}))
         if compile is not None:
-            if compile:
-                _allow_kinds_of_layers(len({repr(parts) for parts in self.config.layers()}))
             self._runners = [_compiled(block) if compile else block for block in self.blocks()]
+        if compile_decode is not None:
+            self._decoders = [torch.compile(block) if compile_decode else block for block in self.blocks()]
+            head = self.head.forward
+            self._decoding_head = torch.compile(head, dynamic=False) if compile_decode else head
 
     def forward(
         self,
@@ -226,7 +236,8 @@ class Model(nn.Module):
         """
         features = self.features(input_ids_BS, segment_ids_BT=segment_ids_BS, state=state)
         x_BTD = features.x_BTD[:, -1:] if last_only else features.x_BTD
-        return self.logits(x_BTD), state
+        head = self._decoding_head if input_ids_BS.shape[1] == 1 else self.head
+        return head(x_BTD, self.head_weight()), state
 
     def _tables(self, positions_BT: Tensor) -> dict[str, tuple[Tensor, ...]]:
         """What position modules compute from positions alone, once for all layers with equal keys."""
@@ -240,7 +251,8 @@ class Model(nn.Module):
                 if state is None:
                     out = self._train_layer(layer, x_BTD, ctx)
                 else:
-                    out = block(x_BTD, ctx, state.branches[loop][layer])
+                    run = self._decoders[layer] if x_BTD.shape[1] == 1 else block
+                    out = run(x_BTD, ctx, state.branches[loop][layer])
                     state.branches[loop][layer] = out.states
                 x_BTD, aux = out.x, add_sums(aux, out.aux)
                 ctx = replace(ctx, published=out.published)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from graft.config.roles import Role
 from graft.initialization import Rng, normal_
 from graft.linears.dense_config import DenseConfig
+from graft.ops.one_row import linear
 
 
 class Dense(nn.Linear):
@@ -28,6 +29,10 @@ class Dense(nn.Linear):
         self.config = config
         self.role = role
         self.init_std = init_std
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., in_features] -> [..., out_features]``."""
+        return linear(input, self.weight, self.bias)
 
     def init_parameters(self, rng: Rng) -> None:
         normal_(self.weight, self.init_std, rng("weight"))

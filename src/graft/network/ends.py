@@ -12,6 +12,7 @@ from graft.config.model import ModelConfig
 from graft.config.roles import Role
 from graft.initialization import Rng, normal_
 from graft.ops.activations import soft_cap
+from graft.ops.one_row import linear
 from graft.shapes import Float, Int
 
 
@@ -91,6 +92,6 @@ class Head(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x_BTD: Float[Tensor, "B T D"], table_VD: Float[Tensor, "rows D"]) -> Float[Tensor, "B T V"]:
-        logits_BTV = F.linear(x_BTD, table_VD, self.bias)[..., : self.vocab_size]
+        logits_BTV = linear(x_BTD, table_VD, self.bias)[..., : self.vocab_size]
         logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
         return logits_BTV if self.softcap is None else soft_cap(logits_BTV, self.softcap)
