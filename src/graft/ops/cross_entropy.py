@@ -167,7 +167,7 @@ def _run(
     chunk = _chunk_function(compile)
     ce, z = x_TD.new_zeros((), dtype=wide), x_TD.new_zeros((), dtype=wide)
     grad_TD = torch.empty_like(x_TD) if wanted.x else None
-    grad_VD = torch.zeros_like(weight_VD, dtype=wide) if wanted.weight else None
+    grad_VD: Tensor | None = None
     grad_V = torch.zeros_like(bias_V, dtype=wide) if wanted.bias and bias_V is not None else None
     for start in range(0, x_TD.shape[0], num_rows):
         rows = slice(start, start + num_rows)
@@ -176,21 +176,23 @@ def _run(
         ce, z = ce + ce_part, z + z_part
         if grad_TD is not None:
             grad_TD[rows] = dlogits_PV @ cast_VD
-        if grad_VD is not None:
-            _add_product(grad_VD, dlogits_PV.T, x_PD)
+        if wanted.weight:
+            grad_VD = _add_product(grad_VD, dlogits_PV.T, x_PD, wide)
         if grad_V is not None:
             grad_V += dlogits_PV.sum(0, dtype=wide)
-    grad_VD = None if grad_VD is None else grad_VD.to(weight_VD.dtype)
+    if wanted.weight:  # no rows, no chunk
+        grad_VD = torch.zeros_like(weight_VD) if grad_VD is None else grad_VD.to(weight_VD.dtype)
     grad_V = None if grad_V is None or bias_V is None else grad_V.to(bias_V.dtype)
     return CrossEntropySums(ce + form.z_loss_coef * z, ce, z), (grad_TD, grad_VD, grad_V)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a b``, without a copy of the product where the dtypes allow."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``total + a b`` in ``dtype``, in place; None = 0, the usual case of one chunk, in which nothing is added up."""
+    if total is None:
+        return (a @ b).to(dtype)
+    if a.dtype == dtype:
+        return total.addmm_(a, b)
+    return total.add_(a @ b)
 
 
 def _chunk(
@@ -205,7 +207,8 @@ def _chunk(
     logits_PV = logits_PV.to(torch.promote_types(x_PD.dtype, torch.float32))
     if form.softcap is not None:
         logits_PV = logits_PV.div_(form.softcap).tanh_().mul_(form.softcap)
-    logits_PV[:, form.vocab_size :] = -math.inf
+    if form.vocab_size < logits_PV.shape[1]:
+        logits_PV[:, form.vocab_size :] = -math.inf
     lse_P = logits_PV.logsumexp(-1)
     counts_P = (targets_P != form.ignore_index).to(lse_P.dtype)
     ids_P1 = targets_P.masked_fill(targets_P == form.ignore_index, 0)[:, None]
@@ -216,7 +219,10 @@ def _chunk(
     slope_PV = None if form.softcap is None else 1.0 - (logits_PV / form.softcap).square_()
     grad_PV = logits_PV.sub_(lse_P[:, None]).exp_()  # the softmax
     grad_PV.mul_((counts_P * (1.0 + 2.0 * form.z_loss_coef * lse_P))[:, None])
-    grad_PV.scatter_add_(1, ids_P1, -counts_P[:, None])
+    if torch.compiler.is_compiling():  # one loop with the rest; a scatter would need the whole buffer in memory first
+        grad_PV = grad_PV - counts_P[:, None] * (torch.arange(grad_PV.shape[1], device=grad_PV.device) == ids_P1)
+    else:
+        grad_PV.scatter_add_(1, ids_P1, -counts_P[:, None])
     if slope_PV is not None:
         grad_PV.mul_(slope_PV)
         grad_PV[:, form.vocab_size :] = 0.0  # 0 · ∞ of the padding
