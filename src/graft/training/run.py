@@ -39,6 +39,7 @@ class Run:
         directory: where the run is kept; None = nowhere.
 
     Attributes:
+        parameters: the model's, listed once: walking the modules twice a step takes longer than a small layer.
         step: updates made or skipped so far; the next one is number ``step + 1`` and uses ``schedule.factor(step)``.
         tokens: training positions seen.
         window: sums since the last metric line.
@@ -61,6 +62,7 @@ class Run:
     ):
         self.experiment = experiment
         self.model = model
+        self.parameters = list(model.parameters())
         self.prepared = prepared
         self.loader = loader
         self.device = device
@@ -96,7 +98,7 @@ class Run:
     def gradient_norm(self) -> Tensor:
         """Undoes the loss scale, then returns the gradients' global norm (a scalar on the device). Clips nothing."""
         self.precision.unscale(self.optimizer)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
         injected = fault_active("train.gradient", self.step + 1)
         if injected is not None:
             gradients[0].view(-1)[0] = float(injected)
@@ -116,12 +118,17 @@ class Run:
         """
         learning_rate = set_learning_rate(self.optimizer, self.schedule.factor(self.step))
         if verdict is Verdict.GOOD:
-            if self.experiment.training.max_grad_norm is not None:
-                clip_grads_with_norm_(self.model.parameters(), self.experiment.training.max_grad_norm, grad_norm)
+            self._clip(grad_norm)
             self.precision.step(self.optimizer)
         self.precision.update(overflowed=verdict is not Verdict.GOOD)
         self.optimizer.zero_grad(set_to_none=True)
         return learning_rate
+
+    def _clip(self, grad_norm: Tensor) -> None:
+        """Scales the gradients down to ``training.max_grad_norm``; leaves them alone when their norm is below it."""
+        largest = self.experiment.training.max_grad_norm
+        if largest is not None and float(grad_norm) > largest - 1e-5:  # PyTorch divides by norm + 1e-6
+            clip_grads_with_norm_(self.parameters, largest, grad_norm)
 
     def finish_step(self, verdict: Verdict, totals: Totals) -> None:
         """Moves on to the next step. A skipped step's data counts as seen, its sums enter no mean."""
