@@ -8,7 +8,7 @@ import pkgutil
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NOT_BENCHMARKS = {"__main__", "timing", "peers"}
+NOT_BENCHMARKS = {"__main__", "timing", "peers", "ours"}
 
 
 def names() -> list[str]:

@@ -20,10 +20,12 @@ HEADING = "# Results\n\nRatios of interleaved runs in one process; medians.\n"
 
 @dataclass
 class Timed:
-    """Seconds of every round of one variant."""
+    """Seconds of every round of one variant: by the clock, and of processor time (all threads), which other processes
+    on the machine hardly change."""
 
     name: str
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
@@ -46,12 +48,13 @@ def interleaved(variants: Mapping[str, Callable[[], object]], *, rounds: int, wa
     for turn in range(warmup + rounds):
         for name, call in variants.items():
             gc.collect()
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             call()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn >= warmup:
                 timed[name].seconds.append(time.perf_counter() - start)
+                timed[name].cpu_seconds.append(time.process_time() - cpu_start)
     return timed
 
 
@@ -59,6 +62,29 @@ def paired_ratio(timed: Mapping[str, Timed], slow: str, fast: str) -> float:
     """Median over rounds of (seconds of ``slow`` / seconds of ``fast`` in the same round): how many times faster."""
     pairs = zip(timed[slow].seconds, timed[fast].seconds, strict=True)
     return statistics.median(a / b for a, b in pairs)
+
+
+def cpu_ratio(timed: Mapping[str, Timed], slow: str, fast: str) -> float:
+    """`paired_ratio` of processor time: what holds when other processes take turns on the machine."""
+    pairs = zip(timed[slow].cpu_seconds, timed[fast].cpu_seconds, strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def comparison(timed: Mapping[str, Timed], fast: str, *, unit: str = "ms") -> str:
+    """A table of all variants: their times, and how many times faster ``fast`` is, by clock and by processor time."""
+    rows = [
+        [
+            name,
+            f"{1000 * t.median:,.1f}",
+            f"{1000 * t.fastest:,.1f}",
+            f"{1000 * statistics.median(t.cpu_seconds):,.1f}",
+            f"{paired_ratio(timed, name, fast):.2f}",
+            f"{cpu_ratio(timed, name, fast):.2f}",
+        ]
+        for name, t in timed.items()
+    ]
+    header = ["variant", f"{unit}, median", "fastest", "processor time, median", "ratio", "ratio of processor time"]
+    return table(header, rows)
 
 
 def environment() -> str:
@@ -74,8 +100,15 @@ def environment() -> str:
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return (
         f"{datetime.datetime.now(tz=datetime.UTC).date()}, {cpu}, {os.cpu_count()} CPUs{gpu}, "
-        f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+        f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"load {load()}"
     )
+
+
+def load() -> str:
+    """Processes that want to run, over the last minute and the last five: what a measurement had beside it."""
+    one, five, _ = os.getloadavg()
+    return f"{one:.1f} / {five:.1f}"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -88,11 +121,7 @@ def record(title: str, text: str) -> None:
     """Replaces the section ``title`` of RESULTS.md by ``text`` (with where and when it was measured), and prints it."""
     section = f"## {title}\n\n{environment()}\n\n{text.strip()}\n"
     print(section)
-    old = (
-        RESULTS.read_text()
-        if RESULTS.exists()
-        else HEADING
-    )
+    old = RESULTS.read_text() if RESULTS.exists() else HEADING
     head, *sections = old.split("\n## ")
     kept = [s for s in sections if not s.startswith(f"{title}\n")]
     parts = [head.strip(), *("## " + s.strip() for s in kept), section.strip()]
