@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from graft.errors import ConfigError
+from graft.linears.joint import joint_linear
 from graft.part import Context, Part, PartOutput, Site, State, linear_flops
 from graft.positions.base import AttentionPosition, tables_for
 from graft.shapes import Float
@@ -95,10 +96,8 @@ class MultiHead(Part):
 
     def project(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys with norm and position worked in, and values."""
-        q_BTNH, k_BTKH, v_BTKH = (
-            projection(x_BTD).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projected = joint_linear(x_BTD, (self.q_proj, self.k_proj, self.v_proj))
+        q_BTNH, k_BTKH, v_BTKH = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         tables = tables_for(self.position, ctx.tables, ctx.positions_BT)
