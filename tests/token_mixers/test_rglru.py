@@ -1,0 +1,180 @@
+"""The real-gated linear recurrence: RecurrentGemma's block as oracle, documents, decoding, cost."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from recurrent_checks import (
+    CPU,
+    assert_decoding_equals_forward,
+    assert_documents_are_alone,
+    build,
+    context,
+    decoded,
+    splits,
+)
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import RecurrentGemmaConfig
+from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRecurrentBlock
+
+from graft.config.roles import NO_DECAY
+from graft.ops.documents import find_documents
+from graft.ops.linear_scan import linear_scan
+from graft.part import parameter_roles
+from graft.token_mixers.rglru import RGLRU
+from graft.token_mixers.rglru_config import RGLRUConfig
+
+NAMES = {
+    "linear_y.weight": "gate_proj.weight",
+    "linear_y.bias": "gate_proj.bias",
+    "linear_x.weight": "x_proj.weight",
+    "linear_x.bias": "x_proj.bias",
+    "linear_out.weight": "o_proj.weight",
+    "linear_out.bias": "o_proj.bias",
+    "conv_1d.weight": "conv.weight",
+    "conv_1d.bias": "conv.bias",
+    "rg_lru.recurrent_param": "recurrence.decay_parameter",
+    "rg_lru.input_gate_weight": "recurrence.input_gate.weight",
+    "rg_lru.input_gate_bias": "recurrence.input_gate.bias",
+    "rg_lru.recurrent_gate_weight": "recurrence.recurrence_gate.weight",
+    "rg_lru.recurrent_gate_bias": "recurrence.recurrence_gate.bias",
+}
+"""A parameter of transformers' block -> the same here."""
+
+
+def part(**fields) -> RGLRU:
+    built = build(RGLRUConfig.model_validate({"type": "rglru", "num_heads": 4, **fields}))
+    assert isinstance(built, RGLRU)
+    return built
+
+
+def pair() -> tuple[RecurrentGemmaRecurrentBlock, RGLRU]:
+    """Transformers' block and ours with the same random weights (there the recurrence's width is the stream's)."""
+    sizes = {"hidden_size": 24, "lru_width": 24, "num_attention_heads": 4, "conv1d_width": 4, "num_hidden_layers": 1}
+    theirs = RecurrentGemmaRecurrentBlock(RecurrentGemmaConfig(**sizes), 0).double()
+    theirs.rg_lru._rnn_scan = functools.partial(theirs.rg_lru._rnn_scan, acc_dtype=torch.float64)  # else fp32
+    ours = part(projection_bias=True)
+    mine = dict(ours.named_parameters())
+    assert {NAMES[name] for name, _ in theirs.named_parameters()} == mine.keys()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter))  # not near a = 1, where theirs bounds the root's slope
+            mine[NAMES[name]].copy_(parameter.view_as(mine[NAMES[name]]))
+    return theirs, ours
+
+
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-10}
+
+
+@pytest.mark.parametrize("T", [1, 5, 37])
+def test_values_and_gradients_are_those_of_recurrent_gemma(T):
+    theirs, ours = pair()
+    x = torch.randn(2, T, 24, dtype=torch.float64)
+    wanted = theirs(x, torch.arange(T).expand(2, T), None, use_cache=False)[0]
+    y = ours(x, context(x)).y
+    torch.testing.assert_close(y, wanted, **TOLERANCE)
+    direction = torch.randn_like(y)
+    (wanted * direction).sum().backward()
+    (y * direction).sum().backward()
+    mine = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        own = mine[NAMES[name]].grad
+        assert own is not None
+        torch.testing.assert_close(own.view_as(parameter), parameter.grad, **TOLERANCE, msg=name)
+
+
+@torch.no_grad()
+def test_decoding_is_that_of_recurrent_gemma():
+    theirs, ours = pair()
+    x = torch.randn(2, 9, 24, dtype=torch.float64)
+    wanted = [theirs(x[:, :4], torch.arange(4).expand(2, 4), None)[0]]
+    wanted += [theirs(x[:, t : t + 1], torch.full((2, 1), t), None)[0] for t in range(4, 9)]
+    y, _ = decoded(ours, x, [4, 1, 1, 1, 1, 1])
+    torch.testing.assert_close(y, torch.cat(wanted, dim=1), **TOLERANCE)
+
+
+def test_documents_begin_as_in_recurrent_gemma():
+    """The recurrence alone: their convolution reads across borders, which ours does not."""
+    theirs, ours = pair()
+    u = torch.randn(2, 7, 24, dtype=torch.float64)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3], [0, 0, 1, 2, 3, 4, 5]])
+    wanted = theirs.rg_lru(u, positions)
+    segments = torch.tensor([[5, 5, 5, 2, 2, 2, 2], [1, 9, 9, 9, 9, 9, 9]])
+    h = linear_scan(*ours.recurrence(u, find_documents(segments)))
+    torch.testing.assert_close(h, wanted, **TOLERANCE)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_documents_are_alone(kernels):
+    built = part(intermediate_size=32)
+    built.kernels = kernels
+    assert_documents_are_alone(built)
+
+
+@settings(max_examples=15)
+@given(sizes=splits(11), packed=st.booleans())
+def test_decoding_equals_forward(sizes, packed):
+    assert_decoding_equals_forward(part(), sizes, packed=packed)
+
+
+def test_padding_leaves_the_state_of_the_recurrence_as_it_was():
+    built = part()
+    x = torch.randn(1, 6, 24, dtype=torch.float64)
+    _, padded = decoded(built, x, [4, 2], torch.tensor([[3, 3, 3, 3, 0, 0]]))
+    _, before = decoded(built, x[:, :4], [4], torch.tensor([[3, 3, 3, 3]]))
+    torch.testing.assert_close(padded.h_BF, before.h_BF)
+    assert padded.segment_B.tolist() == before.segment_B.tolist() == [3]
+
+
+def test_decays_start_in_their_range():
+    built = part(intermediate_size=256, min_decay=0.5, max_decay=0.8, decay_exponent=3.0)
+    open_gate = (-3.0 * torch.nn.functional.softplus(built.recurrence.decay_parameter)).exp()
+    assert 0.5 <= open_gate.min() < 0.55
+    assert 0.75 < open_gate.max() <= 0.8
+
+
+def test_closed_gates_give_finite_gradients():
+    """A decay of exactly 1 adds nothing, and its root has no infinite slope."""
+    built = part().float()
+    with torch.no_grad():
+        built.recurrence.recurrence_gate.bias.fill_(-200.0)
+    x = torch.randn(1, 8, 24)
+    built(x, context(x)).y.sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in built.parameters())
+
+
+def test_roles_cost_and_state():
+    built = part(intermediate_size=32)
+    roles = parameter_roles(built)
+    assert roles["recurrence.decay_parameter"] == "scalar"
+    assert roles["conv.weight"] == "conv"
+    assert roles["recurrence.input_gate.weight"] == roles["x_proj.weight"] == "recurrence"
+    assert roles["recurrence.input_gate.bias"] == "bias"
+    assert "scalar" in NO_DECAY
+    x = torch.randn(1, 20, 24, dtype=torch.float64)
+    with FlopCounterMode(display=False) as counter:
+        built(x, context(x))
+    assert counter.get_total_flops() == 20 * built.flops_per_token(20)
+    assert built.state_bytes(10, torch.float32) == 32 * 4 + 3 * (32 * 4 + 8) + 8
+    assert built.state_bytes(9999, torch.bfloat16) == 32 * 4 + 3 * (32 * 2 + 8) + 8
+    state = built.init_state(2, 3, device=CPU, dtype=torch.bfloat16)
+    assert state.h_BF.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"min_decay": 0.9, "max_decay": 0.5}, "above max_decay"),
+        ({"intermediate_size": 30}, "does not divide intermediate_size 30"),
+    ],
+)
+def test_impossible_configs_are_refused(fields, problem):
+    with pytest.raises(ValidationError, match=problem):
+        part(**fields)
+    width = RGLRUConfig(num_heads=5)
+    assert "does not divide hidden_size 24" in next(width.problems_in(24)).message
