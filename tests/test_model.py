@@ -255,11 +255,11 @@ def test_compiled_equals_eager_without_recompiling_per_layer(compiling: None) ->
 def test_every_kind_of_layer_may_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo import config as dynamo
 
-    monkeypatch.setattr(dynamo, "recompile_limit", 8)
     monkeypatch.setattr(torch, "compile", lambda block, dynamic: block)
     overrides = {str(i): {"mlp.intermediate_size": 10 + i} for i in range(12)}
-    build(config(num_layers=12, overrides=overrides)).set_runtime(compile=True)
-    assert dynamo.recompile_limit == 8 * 12
+    with dynamo.patch(recompile_limit=8):  # pytest's own patching would leave the setting unreadable
+        build(config(num_layers=12, overrides=overrides)).set_runtime(compile=True)
+        assert dynamo.recompile_limit == 8 * 12
 
 
 def test_autocast_decodes_in_its_own_dtype() -> None:
