@@ -380,7 +380,7 @@ def test_checkpointing_and_compiling_change_nothing(T, compiling, monkeypatch):
     assert counter.frame_count == 1, "one graph, compiled once"
     for other in (checkpointed, compiled):
         for a, b in zip(other, plain, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # compiled projections are one product
 
 
 def test_meta_forward_and_state():
