@@ -19,7 +19,7 @@ class HeadsConfig(TokenMixerConfig):
         None, "channels per head (H), free of hidden_size; null = hidden_size / num_heads", ge=1
     )
     sliding_window: int | None = knob(None, "keys a query sees, itself included; null = all", ge=1)
-    position: Position = knob(doc="how positions enter: {type: rope | hope | alibi | none}")
+    position: Position = knob(doc="how positions enter: {type: rope | xpos | hope | alibi | none}")
     qk_norm: Norm | None = knob(None, "norm on each head's q and k before positions; null = none")
     qkv_bias: bool = knob(False, "bias on the q, k and v projections (Qwen2)")
     output_bias: bool = knob(False, "bias on the output projection")
