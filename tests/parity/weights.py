@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graft.config.fields import tag_of
 from graft.config.model import ModelConfig
 from graft.model import Model, build_model
 
 NORMS = {
-    "pre": {"input_layernorm": "attention.norm", "post_attention_layernorm": "mlp.norm"},
+    "pre": {"input_layernorm": "{mixer}.norm", "post_attention_layernorm": "mlp.norm"},
     "sandwich": {
-        "input_layernorm": "attention.norm",
-        "post_attention_layernorm": "attention.output_norm",
+        "input_layernorm": "{mixer}.norm",
+        "post_attention_layernorm": "{mixer}.output_norm",
         "pre_feedforward_layernorm": "mlp.norm",
         "post_feedforward_layernorm": "mlp.output_norm",
     },
@@ -97,14 +98,18 @@ class Shape:
         return torch.randint(self.vocab, (batch_size, self.seq_len))
 
 
-def our_name(name: str, placement: str) -> str:
-    """A transformers parameter name as ours, e.g. ``layers.0.attention.part.q_proj.weight``. KeyError if unknown."""
+def our_name(name: str, config: ModelConfig) -> str:
+    """A transformers parameter name as ours, e.g. ``layers.0.attention.part.q_proj.weight``. KeyError if unknown.
+
+    The first part of a block is the token mixer, in all layers of one type.
+    """
     if name in ENDS:
         return ENDS[name]
     _, layers, index, module, *rest = name.split(".")
     assert layers == "layers", name
-    owner = {"self_attn": "attention.part", "mlp": "mlp.part", **NORMS[placement]}[module]
-    return ".".join(["layers", index, owner, *rest])
+    owner = {"self_attn": "{mixer}.part", "mlp": "mlp.part", **NORMS[config.norm_placement]}[module]
+    mixer = tag_of(type(config.layers()[0][0]))
+    return ".".join(["layers", index, owner.format(mixer=mixer), *rest])
 
 
 @torch.no_grad()
@@ -121,7 +126,7 @@ def pair(theirs: torch.nn.Module, config: ModelConfig) -> tuple[torch.nn.Module,
     theirs = theirs.double().eval()
     randomize(theirs)
     ours = build_model(config, theirs.config.vocab_size, seed=0, dtype=torch.float64).eval()
-    copied = {our_name(name, config.norm_placement): p for name, p in theirs.named_parameters()}
+    copied = {our_name(name, config): p for name, p in theirs.named_parameters()}
     mine = dict(ours.named_parameters())
     assert copied.keys() == mine.keys()
     with torch.no_grad():
@@ -147,7 +152,7 @@ def assert_same_logits_and_gradients(theirs: torch.nn.Module, ours: Model, ids: 
     (actual * direction).sum().backward()
     mine = dict(ours.named_parameters())
     for name, parameter in theirs.named_parameters():
-        grad = mine[our_name(name, ours.config.norm_placement)].grad
+        grad = mine[our_name(name, ours.config)].grad
         assert grad is not None
         assert parameter.grad is not None
         assert_close(grad, parameter.grad, f"gradient of {name}", 10 * TOLERANCE)

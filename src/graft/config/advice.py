@@ -2,30 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from graft.config.base import sub_configs
 from graft.config.experiment import Experiment
 from graft.config.families import PartConfig
+from graft.config.tree import dotted
 
 
 def warnings(experiment: Experiment) -> list[str]:
     """One line of advice per oddity: ``field: what it means; what to do``. ``check`` and ``train`` print them."""
-    return [*_windows(experiment), *_schedule(experiment), *_steps(experiment), *_data(experiment)]
+    return [
+        *_windows(experiment),
+        *_own_advice(experiment),
+        *_schedule(experiment),
+        *_steps(experiment),
+        *_data(experiment),
+    ]
 
 
 def _windows(experiment: Experiment) -> Iterator[str]:
     seq_len = experiment.data.seq_len
-    named = {id(part): f"model.blocks.{name}.{i}.sliding_window" for name, i, part in _parts(experiment)}
+    for part, name_of in _parts_in_use(experiment):
+        window = getattr(part, "sliding_window", None)
+        if window is not None and window >= seq_len:
+            yield (
+                f"{name_of('sliding_window')}: a window of {window} is not shorter than "
+                f"data.seq_len {seq_len}, so training never slides; lower it or remove it"
+            )
+
+
+def _own_advice(experiment: Experiment) -> Iterator[str]:
+    for part, name_of in _parts_in_use(experiment):
+        for advice in part.advice_in(experiment.model.hidden_size):
+            yield f"{name_of(dotted(advice.path))}: {advice.message}; {advice.fix}"
+
+
+def _parts_in_use(experiment: Experiment) -> Iterator[tuple[PartConfig, Callable[[str], str]]]:
+    """Each distinct part that is in a layer, and what one of its fields is called in a message."""
+    named = {id(part): f"model.blocks.{name}.{i}" for name, i, part in _parts(experiment)}
     seen: set[int] = set()
     for layer, parts in enumerate(experiment.model.layers()):
         for part in parts:
-            window = getattr(part, "sliding_window", None)
-            if window is not None and window >= seq_len and id(part) not in seen:
+            if id(part) not in seen:
                 seen.add(id(part))
-                yield (
-                    f"{named.get(id(part), f'model layer {layer}')}: a window of {window} is not shorter than "
-                    f"data.seq_len {seq_len}, so training never slides; lower it or remove it"
-                )
+                # a part changed by an override has no place of its own in the file
+                where = f"{named[id(part)]}.{{}}" if id(part) in named else f"model layer {layer}"
+                yield from _with_inner(part, where)
+
+
+def _with_inner(part: PartConfig, where: str) -> Iterator[tuple[PartConfig, Callable[[str], str]]]:
+    """A part and the parts inside it; ``where`` is what its fields are called, {} for the field."""
+    yield part, where.format
+    for path, inner in sub_configs(part.__dict__):
+        if isinstance(inner, PartConfig):
+            yield from _with_inner(inner, where.replace("{}", f"{dotted(path)}.{{}}"))
 
 
 def _parts(experiment: Experiment) -> Iterator[tuple[str, int, PartConfig]]:
@@ -59,7 +90,7 @@ def _steps(experiment: Experiment) -> Iterator[str]:
 
 
 def _data(experiment: Experiment) -> Iterator[str]:
-    positions = [getattr(part, "position", None) for _, _, part in _parts(experiment)]
+    positions = [getattr(part, "position", None) for part, _ in _parts_in_use(experiment)]
     placeless = all(getattr(position, "type", "none") == "none" for position in positions if position is not None)
     if experiment.model.bidirectional and placeless and experiment.model.embedding.position is None:
         yield "model: nothing tells positions apart in this encoder (a bag of words); give attention a position"

@@ -72,9 +72,18 @@ class PartConfig(VariantConfig):
     layer_scale: float | None = knob(
         None, "initial value of a learned per-channel factor on the branch's output (CaiT, 2103.17239); null = none"
     )
+    norms_inside: ClassVar[bool] = False
+    """True for a part that norms what it reads itself: it gets the stream as it is, whatever the placement."""
 
     def problems_in(self, hidden_size: int) -> Iterator[Problem]:
         """Problems that depend on the width of the stream (D) the part reads; the default has none."""
+        yield from ()
+
+    def advice_in(self, hidden_size: int) -> Iterator[Problem]:
+        """What is valid in a stream of this width (D) but probably not meant (`graft.config.advice`); default: nothing.
+
+        Each has a path, and a fix.
+        """
         yield from ()
 
 
