@@ -112,10 +112,10 @@ def attention(
         sliding_window = None  # it hides nothing
     visibility = Visibility(causal, sliding_window, offset, query_segments_BT, key_segments_BS)
     scoring = Scoring(scale, softcap, slopes_N, rates_H)
-    q_BTNH, k_BSKH, v_BSKH = (_autocast(x) for x in (q_BTNH, k_BSKH, v_BSKH))
+    q_BTNH, k_BSKH, v_BSKH = (matmul_operand(x) for x in (q_BTNH, k_BSKH, v_BSKH))
     width = v_BSKH.shape[-1]
     kernel = choose_kernel(q_BTNH, k_BSKH, visibility, scoring, v_head_dim=width, dropout=dropout, kernels=kernels)
-    with _no_autocast(q_BTNH.device):
+    with no_autocast(q_BTNH.device):
         match kernel:
             case "reference":
                 return reference_attention(q_BTNH, k_BSKH, v_BSKH, visibility, scoring, dropout=dropout)
@@ -127,7 +127,7 @@ def attention(
                 return _sdpa(q_BTNH, k_BSKH, v_BSKH, visibility, scoring, dropout=dropout)
 
 
-def _autocast(x: Tensor) -> Tensor:
+def matmul_operand(x: Tensor) -> Tensor:
     """What autocast makes of an operand of a matrix product."""
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
@@ -135,7 +135,7 @@ def _autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device))
 
 
-def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """The kernels choose dtypes themselves (the meta device knows no autocast)."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return nullcontext()

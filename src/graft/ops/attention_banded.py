@@ -192,7 +192,7 @@ def _(_d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tens
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 (autograd's signature)
+def keep_arguments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 (autograd's signature)
     """Keeps the arguments for the backward pass: tensors where autograd can check that they were not changed."""
     ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
     ctx.arguments = tuple(None if isinstance(x, Tensor) else (x,) for x in inputs)
@@ -205,10 +205,10 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     return *_banded_backward(d_out.contiguous(), *arguments), *(None,) * (len(arguments) - 3)
 
 
-_banded.register_autograd(_backward, setup_context=_keep)
+_banded.register_autograd(_backward, setup_context=keep_arguments)
 
 
-def _pair_flops(over_keys: int, over_values: int, q: Any, k: Any, v: Any, _batch: int, *settings: Any) -> int:
+def pair_flops(over_keys: int, over_values: int, q: Any, k: Any, v: Any, _batch: int, *settings: Any) -> int:
     """Matrix products over the pairs that blocks compute, hidden ones inside a block's range included.
 
     Args:
@@ -230,10 +230,10 @@ def _pair_flops(over_keys: int, over_values: int, q: Any, k: Any, v: Any, _batch
 @register_flop_formula(torch.ops.graft.banded_attention)
 def _forward_flops(*arguments: Any, **_: Any) -> int:
     """For PyTorch's FLOP counter: scores and outputs."""
-    return _pair_flops(1, 1, *arguments)
+    return pair_flops(1, 1, *arguments)
 
 
 @register_flop_formula(torch.ops.graft.banded_attention_backward)
 def _backward_flops(_d_out: Any, *arguments: Any, **_: Any) -> int:
     """For PyTorch's FLOP counter: scores again, and the gradients of v, probabilities, q and k."""
-    return _pair_flops(3, 2, *arguments)
+    return pair_flops(3, 2, *arguments)

@@ -25,24 +25,35 @@ def reference_attention(
     Returns:
         [B, T, N, H] in the dtype of q.
     """
-    T, S, group = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[2] // k_BSKH.shape[2]
-    dtype = torch.promote_types(q_BTNH.dtype, torch.float32)
-    q_BTNH, out_dtype = q_BTNH.to(dtype), q_BTNH.dtype
-    k_BSNH, v_BSNH = (x.to(dtype).repeat_interleave(group, dim=2) for x in (k_BSKH, v_BSKH))
-    away = distances(visibility.offset, 0, T, 0, S, q_BTNH.device).to(dtype)
-    scores_BNTS = _products(q_BTNH, k_BSNH, away, scoring.rates_H) * scoring.scale
-    if scoring.softcap is not None:
-        scores_BNTS = scoring.softcap * torch.tanh(scores_BNTS / scoring.softcap)
-    if scoring.slopes_N is not None:
-        scores_BNTS = scores_BNTS - scoring.slopes_N.to(dtype)[:, None, None] * away
-    seen = visibility.block(0, T, 0, S, q_BTNH.device)
+    scores_BNTS = reference_scores(q_BTNH, k_BSKH, visibility, scoring)
+    seen = visibility.block(0, q_BTNH.shape[1], 0, k_BSKH.shape[1], q_BTNH.device)
     if seen is not None:
-        scores_BNTS = scores_BNTS.masked_fill(~seen[:, None], torch.finfo(dtype).min)
+        scores_BNTS = scores_BNTS.masked_fill(~seen[:, None], torch.finfo(scores_BNTS.dtype).min)
     p_BNTS = torch.softmax(scores_BNTS, dim=-1)
     if seen is not None:  # a row that is hidden as a whole came out uniform
         p_BNTS = p_BNTS.masked_fill(~seen[:, None], 0.0)
     p_BNTS = F.dropout(p_BNTS, dropout)
-    return torch.einsum("bnts,bsnh->btnh", p_BNTS, v_BSNH).to(out_dtype)
+    return weighted_values(p_BNTS, v_BSKH).to(q_BTNH.dtype)
+
+
+def reference_scores(q_BTNH: Tensor, k_BSKH: Tensor, visibility: Visibility, scoring: Scoring) -> Tensor:
+    """[B, N, T, S] scores of all pairs, hidden ones too, in fp32 at least."""
+    T, S, group = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[2] // k_BSKH.shape[2]
+    dtype = torch.promote_types(q_BTNH.dtype, torch.float32)
+    k_BSNH = k_BSKH.to(dtype).repeat_interleave(group, dim=2)
+    away_TS = distances(visibility.offset, 0, T, 0, S, q_BTNH.device).to(dtype)
+    scores_BNTS = _products(q_BTNH.to(dtype), k_BSNH, away_TS, scoring.rates_H) * scoring.scale
+    if scoring.softcap is not None:
+        scores_BNTS = scoring.softcap * torch.tanh(scores_BNTS / scoring.softcap)
+    if scoring.slopes_N is not None:
+        scores_BNTS = scores_BNTS - scoring.slopes_N.to(dtype)[:, None, None] * away_TS
+    return scores_BNTS
+
+
+def weighted_values(p_BNTS: Tensor, v_BSKH: Tensor) -> Tensor:
+    """[B, T, N, H] sums of values, in the dtype of the weights."""
+    v_BSNH = v_BSKH.to(p_BNTS.dtype).repeat_interleave(p_BNTS.shape[1] // v_BSKH.shape[2], dim=2)
+    return torch.einsum("bnts,bsnh->btnh", p_BNTS, v_BSNH)
 
 
 def _products(q_BTNH: Tensor, k_BSNH: Tensor, away_TS: Tensor, rates_H: Tensor | None) -> Tensor:
