@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from graft.ops import cross_entropy
 from graft.ops.cross_entropy import CrossEntropySums, linear_cross_entropy
 
 
@@ -64,9 +66,16 @@ def test_definition_by_hand() -> None:
     z_loss_coef=st.sampled_from([0.0, 0.3]),
     chunk_rows=st.sampled_from([1, 2, 5, 100]),
     with_bias=st.booleans(),
+    ids_at_once=st.sampled_from([4, 8192]),
 )
 def test_equals_the_reference(
-    rows: int, padding: int, softcap: float | None, z_loss_coef: float, chunk_rows: int, with_bias: bool
+    rows: int,
+    padding: int,
+    softcap: float | None,
+    z_loss_coef: float,
+    chunk_rows: int,
+    with_bias: bool,
+    ids_at_once: int,
 ) -> None:
     table = 17 + padding
     x, weight, bias, targets = inputs(rows, 6, table, 17)
@@ -78,7 +87,8 @@ def test_equals_the_reference(
     }
     wanted = (x, weight, bias) if with_bias else (x, weight)
     expected = linear_cross_entropy(x, weight, targets, kernels="reference", **options)
-    actual = linear_cross_entropy(x, weight, targets, chunk_bytes=4 * table * chunk_rows, **options)
+    with mock.patch.object(cross_entropy, "IDS_AT_ONCE", ids_at_once):
+        actual = linear_cross_entropy(x, weight, targets, chunk_bytes=4 * table * chunk_rows, **options)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     mine = gradients(actual, *wanted)
     torch.testing.assert_close(mine, gradients(expected, *wanted), rtol=1e-10, atol=1e-12)
@@ -86,6 +96,17 @@ def test_equals_the_reference(
     with torch.no_grad():
         evaluated = linear_cross_entropy(x, weight, targets, chunk_bytes=4 * table * chunk_rows, **options)
     torch.testing.assert_close(evaluated, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_chunks_and_pieces_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "IDS_AT_ONCE", 8)
+    x, weight, _, targets = inputs(40, 32, 29, 29)
+    rounded = [t.detach().bfloat16().requires_grad_() for t in (x, weight)]
+    exact = [t.detach().double().requires_grad_() for t in rounded]
+    sums = linear_cross_entropy(rounded[0], rounded[1], targets, chunk_bytes=4 * 29 * 11)
+    expected = linear_cross_entropy(exact[0], exact[1], targets, kernels="reference")
+    for mine, wanted in zip(gradients(sums, *rounded), gradients(expected, *exact), strict=True):
+        assert (mine.double() - wanted).abs().max() < 0.02 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])

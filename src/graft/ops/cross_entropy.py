@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -167,7 +167,7 @@ def _run(
     chunk = _chunk_function(compile)
     ce, z = x_TD.new_zeros((), dtype=wide), x_TD.new_zeros((), dtype=wide)
     grad_TD = torch.empty_like(x_TD) if wanted.x else None
-    grad_VD: Tensor | None = None
+    grad_VD = torch.empty_like(weight_VD, dtype=wide) if wanted.weight else None
     grad_V = torch.zeros_like(bias_V, dtype=wide) if wanted.bias and bias_V is not None else None
     for start in range(0, x_TD.shape[0], num_rows):
         rows = slice(start, start + num_rows)
@@ -175,24 +175,47 @@ def _run(
         ce_part, z_part, dlogits_PV = chunk(x_PD, cast_VD, cast_bias_V, targets_T[rows], form, any(wanted))
         ce, z = ce + ce_part, z + z_part
         if grad_TD is not None:
-            grad_TD[rows] = dlogits_PV @ cast_VD
-        if wanted.weight:
-            grad_VD = _add_product(grad_VD, dlogits_PV.T, x_PD, wide)
+            grad_TD[rows] = _times_matrix(dlogits_PV, cast_VD)
+        if grad_VD is not None:
+            _add_outer(grad_VD, dlogits_PV, x_PD, first=start == 0)
         if grad_V is not None:
             grad_V += dlogits_PV.sum(0, dtype=wide)
-    if wanted.weight:  # no rows, no chunk
-        grad_VD = torch.zeros_like(weight_VD) if grad_VD is None else grad_VD.to(weight_VD.dtype)
+    if grad_VD is not None:
+        grad_VD = grad_VD.to(weight_VD.dtype) if x_TD.shape[0] else torch.zeros_like(weight_VD)
     grad_V = None if grad_V is None or bias_V is None else grad_V.to(bias_V.dtype)
     return CrossEntropySums(ce + form.z_loss_coef * z, ce, z), (grad_TD, grad_VD, grad_V)
 
 
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``total + a b`` in ``dtype``, in place; None = 0, the usual case of one chunk, in which nothing is added up."""
-    if total is None:
-        return (a @ b).to(dtype)
-    if a.dtype == dtype:
-        return total.addmm_(a, b)
-    return total.add_(a @ b)
+IDS_AT_ONCE = 8192
+"""Rows of W in one matrix product of the backward pass on a CPU: products over a large vocabulary are slower."""
+
+
+def _stretches(num_rows: int, device: torch.device) -> Iterator[slice]:
+    """The vocabulary in pieces for matrix products; in one piece on accelerators."""
+    size = IDS_AT_ONCE if device.type == "cpu" else max(1, num_rows)
+    return (slice(start, start + size) for start in range(0, num_rows, size))
+
+
+def _times_matrix(dlogits_PV: Tensor, weight_VD: Tensor) -> Tensor:
+    """``dlogits W``, [P, D], the pieces of the vocabulary added up in fp32 at least."""
+    first, *others = _stretches(weight_VD.shape[0], weight_VD.device)
+    total_PD = dlogits_PV[:, first] @ weight_VD[first]
+    total_PD = total_PD.to(torch.promote_types(total_PD.dtype, torch.float32))
+    for ids in others:
+        total_PD += dlogits_PV[:, ids] @ weight_VD[ids]
+    return total_PD
+
+
+def _add_outer(total_VD: Tensor, dlogits_PV: Tensor, x_PD: Tensor, *, first: bool) -> None:
+    """``total += dlogitsᵀ x``, or ``=`` for the first chunk, so that the usual single chunk adds nothing up."""
+    for ids in _stretches(total_VD.shape[0], total_VD.device):
+        columns_PV = dlogits_PV[:, ids]
+        if x_PD.dtype == total_VD.dtype:
+            total_VD[ids].addmm_(columns_PV.T, x_PD, beta=0 if first else 1)
+        elif first:
+            total_VD[ids] = columns_PV.T @ x_PD
+        else:
+            total_VD[ids] += columns_PV.T @ x_PD
 
 
 def _chunk(
