@@ -13,10 +13,12 @@ from graft.config.experiment import Experiment
 from graft.config.load import load_experiment
 from graft.data.batch import Batch
 from graft.model import build_model
+from graft.training.matmul import product_seconds
 from graft.training.precision import Precision
 from graft.training.run import Run
 from graft.training.runtime import configure_runtime, runtime_restored
 from graft.training.step import train_step
+from graft.training.throughput import flops_per_token
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
@@ -94,3 +96,22 @@ def stepper(run: Run) -> Callable[[], float]:
             return float(train_step(run).loss)
 
     return step
+
+
+def flops_per_step(run: Run) -> float:
+    """Matrix-product FLOPs of one step, visible pairs only."""
+    return run.experiment.tokens_per_step * flops_per_token(run.model, run.experiment.data.seq_len)
+
+
+def peak_rate(size: int = 2048) -> Callable[[], float]:
+    """The best rate of bf16 products so far, FLOP/s: each call adds a few."""
+    a_SS = torch.randn(size, size).bfloat16()
+    best = 0.0
+
+    def measure() -> float:
+        nonlocal best
+        for _ in range(10):
+            best = max(best, 2 * size**3 / product_seconds(a_SS, a_SS))
+        return best
+
+    return measure

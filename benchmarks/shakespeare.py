@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -102,16 +103,16 @@ def graft(data: Path, steps: int, cache: str) -> Outcome:
     return Outcome(seconds, list(curve(lines)))
 
 
-def curve(lines: Sequence[dict[str, float | str]]) -> list[tuple[int, float, float]]:
+def curve(lines: Sequence[dict[str, Any]]) -> list[tuple[int, float, float]]:
     """Steps, training seconds and held-out loss of every evaluation, from the metric lines of a run."""
     found: list[tuple[int, float, float]] = []
-    trained, tokens = 0.0, 0.0
+    trained, tokens = 0.0, 0
     for line in lines:
         if line["kind"] == "train":
-            trained += (float(line["tokens"]) - tokens) / float(line["tokens_per_second"])
-            tokens = float(line["tokens"])
+            trained += (line["tokens"] - tokens) / line["time"]["tokens_per_second"]
+            tokens = line["tokens"]
         elif line["kind"] == "eval" and line["step"]:
-            found.append((int(line["step"]), trained, float(line["loss"])))
+            found.append((line["step"], trained, line["loss"]))
     return found
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import gc
+import importlib
+import multiprocessing
 import os
 import platform
 import statistics
@@ -11,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +39,44 @@ class Timed:
         return min(self.seconds)
 
 
+class Elsewhere:
+    """A variant that lives in a process of its own, with that process's memory allocator and compiler: called, it runs
+    once there and returns the result.
+
+    Args:
+        module: name of a module of this package.
+        function: makes the variant in the new process: a function of no arguments.
+        arguments: of ``function``.
+    """
+
+    def __init__(self, module: str, function: str, **arguments: Any):
+        mine, theirs = multiprocessing.get_context("spawn").Pipe()
+        self._pipe = mine
+        self._process = multiprocessing.get_context("spawn").Process(
+            target=_serve, args=(theirs, module, function, arguments), daemon=True
+        )
+        self._process.start()
+        self.cpu_seconds = 0.0
+
+    def __call__(self) -> Any:
+        self._pipe.send("run")
+        result, self.cpu_seconds = self._pipe.recv()
+        return result
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._pipe.send("end")
+        self._process.join()
+
+
+def _serve(pipe: Any, module: str, function: str, arguments: dict[str, Any]) -> None:
+    call = getattr(importlib.import_module(module), function)(**arguments)
+    while pipe.recv() == "run":
+        start = time.process_time()
+        result = call()
+        pipe.send((result, time.process_time() - start))
+
+
 def interleaved(variants: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, Timed]:
     """Calls the variants in turn (A, B, C, A, B, C, …) and times each call.
 
@@ -54,7 +95,8 @@ def interleaved(variants: Mapping[str, Callable[[], object]], *, rounds: int, wa
                 torch.cuda.synchronize()
             if turn >= warmup:
                 timed[name].seconds.append(time.perf_counter() - start)
-                timed[name].cpu_seconds.append(time.process_time() - cpu_start)
+                own = call.cpu_seconds if isinstance(call, Elsewhere) else time.process_time() - cpu_start
+                timed[name].cpu_seconds.append(own)
     return timed
 
 
