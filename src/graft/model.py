@@ -15,10 +15,10 @@ from graft.config.model import ModelConfig
 from graft.errors import ConfigError
 from graft.initialization import initialize
 from graft.linears.dense_config import DenseConfig
-from graft.network.block import Block, BlockOutput, add_sums
+from graft.network.block import Block, BlockOutput
 from graft.network.ends import Head, TokenEmbedding, padded_rows
 from graft.network.sequence import ModelState, positions_in_segments
-from graft.part import Context, Part, Site
+from graft.part import Context, Part, Site, add_sums
 from graft.positions.base import TablePosition
 from graft.shapes import Float, Int
 
@@ -121,6 +121,7 @@ class Model(nn.Module):
         self.execution = replace(self.execution, **{name: value for name, value in given.items() if value is not None})
         for part in self.parts():
             part.kernels = self.execution.kernels
+            part.checkpointing = self.execution.activation_checkpointing
         if compile or compile_decode:
             _allow_kinds_of_layers(len({repr(parts) for parts in self.config.layers()}))
         if compile is not None:

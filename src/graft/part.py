@@ -102,16 +102,24 @@ class PartOutput(NamedTuple):
     published: Mapping[str, Tensor] = {}
 
 
+def add_sums(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Named sums of two sets of positions: equal names are added."""
+    return {**sums, **{name: sums[name] + value if name in sums else value for name, value in more.items()}}
+
+
 class Part(nn.Module):
     """Base of every token mixer, channel mixer and memory.
 
     Attributes:
         config: what is computed.
         kernels: how: "auto" = the fastest form, "reference" = the plain one. May be set at any time, the numbers agree.
+        checkpointing: how: "block" = the layer around is recomputed in the backward pass; a part that runs several
+            times within it may recompute each run by itself. May be set at any time, alike.
     """
 
     config: PartConfig
     kernels: Literal["auto", "reference"] = "auto"
+    checkpointing: Literal["none", "block"] = "none"
 
     @abstractmethod
     def forward(self, x_BTD: Tensor, ctx: Context, state: State = None) -> PartOutput:

@@ -12,8 +12,8 @@ from graft.channel_mixers.mlp_config import MlpConfig
 from graft.config.model import ModelConfig
 from graft.initialization import initialize
 from graft.linears.dense_config import DenseConfig
-from graft.network.block import Block, Branch, add_sums, branch_names
-from graft.part import Context, Part, PartOutput, Site, State, parameter_roles
+from graft.network.block import Block, Branch, branch_names
+from graft.part import Context, Part, PartOutput, Site, State, add_sums, parameter_roles
 
 D = 8
 CTX = Context(torch.zeros(2, 3, dtype=torch.int64), torch.arange(3).expand(2, 3))

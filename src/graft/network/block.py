@@ -13,7 +13,7 @@ from graft.config.families import PartConfig
 from graft.config.model import LayerParts, ModelConfig
 from graft.config.roles import Role
 from graft.initialization import Rng
-from graft.part import Context, PartOutput, Site, State
+from graft.part import Context, PartOutput, Site, State, add_sums
 from graft.shapes import Float
 
 
@@ -42,6 +42,8 @@ class Branch(nn.Module):
     - sandwich: ``x + scale · layer_scale ⊙ dropout(n2(part(n(x))))`` (Gemma 2)
     - output: ``x + scale · layer_scale ⊙ dropout(n2(part(x)))`` (OLMo 2)
 
+    A part with ``norms_inside`` reads x itself in all of them.
+
     Args:
         config: the part's config; its branch fields win over the model's.
         model: the model's config.
@@ -53,7 +55,8 @@ class Branch(nn.Module):
         placement = config.norm_placement or model.norm_placement
         norm, width = config.norm or model.norm, site.hidden_size
         self.scale = model.residual_scale if config.residual_scale is None else config.residual_scale
-        self.norm = norm.build(width) if placement in ("pre", "sandwich") else None
+        norms_first = placement in ("pre", "sandwich") and not config.norms_inside
+        self.norm = norm.build(width) if norms_first else None
         self.part = config.build(site)
         self.output_norm = norm.build(width) if placement in ("sandwich", "output") else None
         self.dropout = nn.Dropout(config.residual_dropout)
@@ -87,11 +90,6 @@ class BlockOutput(NamedTuple):
     states: dict[str, State]
     aux: dict[str, Tensor]
     published: Mapping[str, Tensor]
-
-
-def add_sums(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Named sums of two sets of positions: equal names are added."""
-    return {**sums, **{name: sums[name] + value if name in sums else value for name, value in more.items()}}
 
 
 def branch_names(parts: LayerParts) -> list[str]:
