@@ -32,6 +32,15 @@ def begins(documents: Documents) -> Tensor:
     return documents.run_BT != F.pad(documents.run_BT[:, :-1], (1, 0))
 
 
+def forgetting(log_decay: Tensor, documents: Documents | None) -> Tensor:
+    """Logarithms of decays [B, T, …], such that a document begins with an empty memory and padding decays nothing."""
+    if documents is None:
+        return log_decay
+    shape = (*documents.real_BT.shape, *(1,) * (log_decay.dim() - 2))
+    forgets, real = begins(documents).view(shape), documents.real_BT.view(shape)
+    return log_decay.masked_fill(~real, 0.0).masked_fill(forgets, -torch.inf)
+
+
 def nothing_yet(batch_size: int, device: torch.device) -> Tensor:
     """[B] int64: the document under way before the first position."""
     return torch.zeros(batch_size, dtype=torch.int64, device=device)
