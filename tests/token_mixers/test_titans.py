@@ -1,0 +1,360 @@
+"""Titans: each form against the paper's equations in loops, decoding, documents, roles, state and cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch.utils.flop_counter import FlopCounterMode
+
+from graft.config.model import InitConfig, ModelConfig
+from graft.errors import ConfigError
+from graft.initialization import initialize
+from graft.linears.dense_config import DenseConfig
+from graft.norms.rms_norm_config import RMSNormConfig
+from graft.part import Context, Part, Site, parameter_roles, tensors_of
+from graft.positions.base import tables_for
+from graft.token_mixers.attention import Attention
+from graft.token_mixers.attention_config import AttentionConfig
+from graft.token_mixers.titans_base import Titans
+from graft.token_mixers.titans_config import TitansConfig
+
+CPU = torch.device("cpu")
+D, N, H = 12, 2, 4
+FORMS: dict[str, dict[str, Any]] = {
+    "mac": {"form": "mac"},
+    "mag": {"form": "mag", "sliding_window": 5, "conv_size": 3},
+    "mal": {"form": "mal", "sliding_window": 3, "memory_depth": 1},
+    "mac, alibi": {"form": "mac", "position": {"type": "alibi"}, "num_persistent_tokens": 0},
+    "mag, alibi": {"form": "mag", "sliding_window": 4, "position": {"type": "alibi"}, "qk_norm": {"type": "rms_norm"}},
+}
+
+
+def titans_config(**fields) -> TitansConfig:
+    fields = {"num_heads": N, "head_dim": H, "chunk_size": 4, "num_persistent_tokens": 2, **fields}
+    if "position" not in fields:
+        fields["position"] = {"type": "rope"}
+    return TitansConfig.model_validate({"type": "titans", **fields})
+
+
+def site(*, causal=True) -> Site:
+    return Site(D, 0, 2, 4, causal, RMSNormConfig(), DenseConfig(), InitConfig(std=0.3))
+
+
+def titans_part(**fields) -> Titans:
+    part = titans_config(max_memory_step=0.3, **fields).build(site())
+    initialize(part, seed=1)
+    with torch.no_grad():
+        for parameter in part.parameters():  # gates and norms that differ between heads and channels
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    return part
+
+
+def context(B, T, segments=None, positions=None, *, start=0) -> Context:
+    if positions is None:
+        positions = torch.arange(start, start + T).expand(B, T)
+    return Context(torch.zeros(B, T, dtype=torch.int64), positions, segments)
+
+
+def positions_of(segments: torch.Tensor) -> torch.Tensor:
+    """Real positions of the same document before each column, counted one by one."""
+    rows = []
+    for row in segments.tolist():
+        seen: dict[int, int] = {}
+        rows.append([seen.setdefault(d, 0) for d in row if seen.update({d: seen.get(d, -1) + 1}) is None])
+    return torch.tensor(rows).masked_fill(segments == 0, 0)
+
+
+def rms(x, norm):
+    return x / (x.square().mean(-1, keepdim=True) + norm.config.eps).sqrt() * norm.weight
+
+
+class Equations:
+    """One document of one row, token by token: equations 8-15 and 19-31, all gradients of the memory by autograd."""
+
+    def __init__(self, part: Any):
+        self.part, self.config = part, part.config
+        self.weights = [getattr(part.memory, name) for name in part.memory.layers]
+        self.momentum = [torch.zeros_like(w) for w in self.weights]
+        self.base = self.weights
+
+    @staticmethod
+    def apply(weights, x_NH):
+        for layer, weight in enumerate(weights):
+            x_NH = torch.einsum("nh,nhf->nf", F.silu(x_NH) if layer else x_NH, weight)
+        return x_NH
+
+    def projected(self, x_TD, t) -> list[torch.Tensor]:
+        """q, k, v of token t: SiLU after the (convolved) projection, q and k of length 1."""
+        found: list[torch.Tensor] = []
+        for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
+            W = getattr(self.part.memory, name).weight
+            y = W @ x_TD[t]
+            if self.part.memory.conv is not None:
+                taps = self.part.memory.conv.weight[i * N * H : (i + 1) * N * H]
+                K = taps.shape[1]
+                near = [taps[:, K - 1 - back] * (W @ x_TD[t - back]) for back in range(min(K, t + 1))]
+                y = torch.stack(near).sum(0)
+            y = F.silu(y).view(N, H)
+            found.append(y / y.norm(dim=-1, keepdim=True) if i < 2 else y)
+        return found
+
+    def write(self, x_D, k, v):
+        memory = self.part.memory
+        step, eta, alpha = ((memory.gate_proj.weight @ x_D).view(3, N) + memory.gate_bias).sigmoid()[..., None, None]
+        here = [w.clone() for w in self.base]  # the gradient at given k and v, which in mac come from the memory too
+        loss = (self.apply(here, k) - v).square().sum()
+        pushed = torch.autograd.grad(loss, here, create_graph=True)
+        theta = self.config.max_memory_step * step
+        self.momentum = [eta * s - theta * g for s, g in zip(self.momentum, pushed, strict=True)]
+        self.weights = [(1 - alpha) * w + s for w, s in zip(self.weights, self.momentum, strict=True)]
+
+    def attend(self, x_TD, t, reach, extra=()):
+        """Attention of token t to the persistent tokens, to ``extra`` (vector, position), and to its past."""
+        part = self.part
+
+        def head(name, x, position, norm):
+            y = (getattr(part, name).weight @ x).view(1, 1, N, H)
+            y = y if norm is None else rms(y, norm)
+            return (y if position is None else part.position.encode(y, tables_for(part.position, {}, position)))[0, 0]
+
+        def at(s):
+            return torch.tensor([[s]])
+
+        q = head("q_proj", x_TD[t], at(t), part.q_norm)
+        seen = [(x_TD[s], s) for s in reach] + list(extra)
+        scores = [(q * head("k_proj", x, at(s), part.k_norm)).sum(-1) / H**0.5 for x, s in seen]
+        if (slopes := part.position.slopes(CPU)) is not None:
+            scores = [score - slopes * (t - s) for score, (_, s) in zip(scores, seen, strict=True)]
+        values = [head("v_proj", x, None, None) for x, _ in seen]
+        if part.persistent is not None:
+            scores += [(q * k).sum(-1) / H**0.5 for k in part.persistent.k]
+            values += list(part.persistent.v)
+        weights = torch.stack(scores).softmax(0)
+        return torch.einsum("sn,snh->nh", weights, torch.stack(values)).flatten()
+
+    def joined(self, y, read):
+        part = self.part
+        return part.o_proj.weight @ (rms(y, part.attention_norm) * rms(read, part.memory_norm).sigmoid())
+
+    def mac(self, x_TD):
+        retrieved: list[Any] = []
+        for t in range(len(x_TD)):
+            first = t // self.config.chunk_size * self.config.chunk_size
+            if t == first:
+                self.base, retrieved = self.weights, []
+            h = self.apply(self.base, self.projected(x_TD, t)[0]).flatten()
+            retrieved.append((self.part.retrieved_proj.weight @ h, t))
+            y = self.attend(x_TD, t, range(first, t + 1), retrieved)
+            y_D = self.part.y_proj.weight @ y
+            q, k, v = self.projected(y_D[None], 0)
+            self.write(y_D, k, v)
+            yield self.joined(y, self.apply(self.weights, q).flatten())
+
+    def read_all(self, x_TD):
+        for t in range(len(x_TD)):
+            if t % self.config.chunk_size == 0:
+                self.base = self.weights
+            q, k, v = self.projected(x_TD, t)
+            self.write(x_TD[t], k, v)
+            yield self.apply(self.weights, q).flatten()
+
+    def mag(self, x_TD):
+        for t, read in enumerate(self.read_all(x_TD)):
+            reach = range(max(0, t - self.config.sliding_window + 1), t + 1)
+            yield self.joined(self.attend(x_TD, t, reach), read)
+
+    def mal(self, x_TD):
+        part = self.part
+        u_TD = torch.stack([part.y_proj.weight @ rms(read, part.memory_norm) for read in self.read_all(x_TD)])
+        for t in range(len(x_TD)):
+            reach = range(max(0, t - self.config.sliding_window + 1), t + 1)
+            yield part.o_proj.weight @ self.attend(u_TD, t, reach)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_the_papers_equations_in_values_and_gradients(form):
+    part = titans_part(**FORMS[form]).double()
+    x = torch.randn(1, 10, D, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *part.parameters()]
+    y = part(x, context(1, 10)).y
+    wanted = torch.stack(list(getattr(Equations(part), FORMS[form]["form"])(x[0])))[None]
+    torch.testing.assert_close(y, wanted, rtol=1e-8, atol=1e-9)
+    for a, b in zip(*(torch.autograd.grad(z.sin().sum(), inputs) for z in (y, wanted)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8)
+
+
+def decoded(part: Part, x, chunks, segments, positions) -> torch.Tensor:
+    state = part.init_state(x.shape[0], x.shape[1], device=CPU, dtype=x.dtype)
+    pieces, start = [], 0
+    for size in chunks:
+        now = slice(start, start + size)
+        out = part(x[:, now], context(x.shape[0], size, segments[:, now], positions[:, now]), state)
+        pieces.append(out.y)
+        state, start = out.state, start + size
+    return torch.cat(pieces, dim=1)
+
+
+cut_points = st.sets(st.integers(1, 18))
+ROWS = torch.tensor(
+    [
+        [7, 7, 7, 7, 7, 7, 3, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 2, 2],
+        [0, 0, 0, 5, 5, 5, 5, 5, 5, 8, 8, 8, 8, 8, 8, 8, 8, 8, 0],
+    ]
+)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=3)
+@given(cuts=cut_points)
+def test_decoding_packed_rows_in_any_pieces_equals_each_document_alone(form, cuts):
+    part = titans_part(**FORMS[form]).double()
+    x, positions = torch.randn(2, 19, D, dtype=torch.float64), positions_of(ROWS)
+    sizes = [b - a for a, b in zip([0, *sorted(cuts)], [*sorted(cuts), 19], strict=True)]
+    with torch.no_grad():
+        full = part(x, context(2, 19, ROWS, positions)).y
+        pieces = decoded(part, x, sizes, ROWS, positions)
+        for row, column, number in ((0, 0, 7), (0, 7, 9), (1, 3, 5), (1, 9, 8)):
+            size = int((ROWS[row] == number).sum())
+            here = (row, slice(column, column + size))
+            alone = part(x[row : row + 1, here[1]], context(1, size)).y[0]
+            torch.testing.assert_close(full[here], alone, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(pieces[here], alone, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+def test_reference_kernels_agree(form, dtype, tolerance):
+    part, x = titans_part(**FORMS[form]).to(dtype), torch.randn(2, 19, D, dtype=dtype)
+    results = []
+    for part.kernels in ("auto", "reference"):
+        y = part(x, context(2, 19, ROWS, positions_of(ROWS))).y[ROWS != 0]
+        results.append((y, *torch.autograd.grad(y.sin().sum(), list(part.parameters()))))
+    for fast, plain in zip(*results, strict=True):
+        assert (fast - plain).abs().max() <= tolerance * plain.abs().max()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bf16_stays_near(form):
+    part, x = titans_part(**FORMS[form]), torch.randn(2, 19, D)
+    exact = part(x, context(2, 19)).y
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = part(x, context(2, 19)).y
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_a_memory_reaches_past_the_attention():
+    part = titans_part(form="mag", sliding_window=2)
+    x = torch.randn(1, 16, D, requires_grad=True)
+    (gradient,) = torch.autograd.grad(part(x, context(1, 16)).y[0, 12].sum(), x)
+    assert (gradient[0].abs().sum(-1) > 0).tolist() == [t <= 12 for t in range(16)]
+
+
+def test_without_a_memory_it_is_attention():
+    fields = {"num_heads": N, "head_dim": H, "sliding_window": 3, "position": {"type": "rope"}}
+    for causal in (True, False):
+        config = TitansConfig.model_validate({"type": "titans", "neural_memory": False, **fields})
+        part = config.build(site(causal=causal))
+        plain = AttentionConfig.model_validate({"type": "attention", **fields}).build(site(causal=causal))
+        assert isinstance(part, Attention)
+        for built in (part, plain):
+            initialize(built, seed=3)
+        x, ctx = torch.randn(1, 9, D), Context(torch.zeros(1, 9), torch.arange(9)[None], None, causal)
+        assert torch.equal(part(x, ctx).y, plain(x, ctx).y)
+
+
+def test_only_attention_alone_reads_both_ways():
+    def model(**fields):
+        titans = {"type": "titans", "num_heads": 2, "position": {"type": "rope"}, **fields}
+        data = {"hidden_size": 16, "num_layers": 1, "norm": {"type": "rms_norm"}, "blocks": {"a": [titans]}}
+        return ModelConfig.model_validate({**data, "bidirectional": True})
+
+    assert model(neural_memory=False).bidirectional
+    with pytest.raises(ValidationError, match="titans cannot be bidirectional"):
+        model()
+    with pytest.raises(ConfigError, match="order of reading"):
+        titans_config().build(site(causal=False))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sliding_window": 4}, "mac attends within its segments"),
+        ({"conv_size": 4}, "no convolution"),
+        ({"form": "mag"}, "needs the window"),
+        ({"form": "mal"}, "needs the window"),
+        ({"memory_depth": 1, "memory_intermediate_size": 8}, "nothing between its layers"),
+        ({"position": {"type": "learned", "max_seq_len": 8}}, "acts on embeddings"),
+        ({"neural_memory": False}, "chunk_size does nothing here"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(fields, message):
+    with pytest.raises(ValidationError, match=message):
+        titans_config(**fields)
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(ConfigError, match="does not divide"):
+        titans_config(num_heads=5, head_dim=None).build(site())
+    assert [p.path for p in titans_config(num_heads=5, head_dim=None).problems_in(D)] == [("num_heads",)]
+
+
+def test_gates_and_learned_start_are_no_matrices_to_the_optimizer():
+    roles = parameter_roles(titans_part(form="mag", sliding_window=4, conv_size=3))
+    assert roles["memory.gate_bias"] == "scalar"
+    assert {roles[f"memory.layer_{i}"] for i in (1, 2)} == {"memory_bank"}
+    assert {roles[f"persistent.{n}"] for n in "kv"} == {"memory_bank"}
+    assert roles["memory.conv.weight"] == "conv"
+    assert roles["memory.q_proj.weight"] == roles["memory.gate_proj.weight"] == "titans"
+
+
+def test_a_new_memory_forgets_slowly_and_steps_by_half():
+    part = titans_config(max_memory_step=0.3).build(site())
+    initialize(part, seed=1)
+    writing, _ = part.memory.writing(torch.zeros(1, 1, D))
+    torch.testing.assert_close(writing.step_BNC, torch.full((1, N, 1), 0.15))
+    torch.testing.assert_close(writing.log_momentum_BNC.exp(), torch.full((1, N, 1), 0.5))
+    torch.testing.assert_close(writing.log_keep_BNC.exp(), torch.tensor(4.0).sigmoid().expand(1, N, 1))
+
+
+def test_state_is_three_memories_and_the_reach_of_the_attention():
+    memory = 3 * 2 * N * H * H * 4  # weights, momentum, beginning of the chunk; two layers; fp32
+    document = 2 * 8
+    mac, mag = titans_part(form="mac"), titans_part(form="mag", sliding_window=6)
+    keys = 2 * 2 * 3 * N * H  # keys and values, retrieved and own, of C - 1 columns
+    for length in (10, 1000):
+        assert mac.state_bytes(length, torch.float32) == memory + document + keys * 4 + 3 * 8
+        assert mag.state_bytes(length, torch.bfloat16) == memory + document + 6 * 2 * N * H * 2
+    state = mac.init_state(2, 10, device=CPU, dtype=torch.bfloat16)
+    after = mac.to(torch.bfloat16)(torch.randn(2, 3, D, dtype=torch.bfloat16), context(2, 3), state).state
+    kinds = [[(t.shape, t.dtype) for t in tensors_of(s)] for s in (state, after)]
+    assert kinds[0] == kinds[1], "a step keeps shapes and dtypes"
+
+
+def traced(part: Part, T: int) -> int:
+    with FlopCounterMode(display=False) as counter:
+        part(torch.randn(1, T, D), context(1, T))
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("T", [3, 14])
+def test_counted_flops_are_those_traced(T):
+    """Less the pairs that the attention's squares compute and mask."""
+    mac = titans_part(form="mac", num_persistent_tokens=3)
+    masked = sum(c * (c - 1) for c in (min(4, T - first) for first in range(0, T, 4)))
+    assert traced(mac, T) == round(mac.flops_per_token(T) * T) + 4 * N * H * masked
+    for form in ("mag", "mal"):
+        part = titans_part(form=form, sliding_window=T, num_persistent_tokens=3, memory_depth=3)
+        assert traced(part, T) == round(part.flops_per_token(T) * T) + 4 * N * H * (T * (T - 1) // 2)
+
+
+@pytest.mark.parametrize("form", ["mac", "mag", "mal"])
+def test_cost_grows_with_the_length_alone(form):
+    part = titans_part(form=form, sliding_window=None if form == "mac" else 8)
+    assert traced(part, 64) == 2 * traced(part, 32) == 4 * traced(part, 16)
