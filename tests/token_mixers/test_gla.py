@@ -1,0 +1,117 @@
+"""Gated linear attention as a part: its formula token by token as oracle, documents, decoding, cost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from recurrent_checks import (
+    assert_decoding_equals_forward,
+    assert_documents_are_alone,
+    build,
+    context,
+    decoded,
+    splits,
+)
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from graft.part import parameter_roles
+from graft.token_mixers.gla import GLA
+from graft.token_mixers.gla_config import GLAConfig
+
+
+def part(**fields) -> GLA:
+    built = build(GLAConfig.model_validate({"type": "gla", "num_heads": 2, "gate_low_rank_dim": 3, **fields}))
+    assert isinstance(built, GLA)
+    return built
+
+
+def by_the_paper(names: dict[str, Tensor], x_TD: Tensor, *, num_heads: int, temperature: float) -> Tensor:
+    """The layer for one sequence as the paper writes it: head by head, token by token."""
+    wq, wk, wv, wg = (names[f"{n}_proj.weight"].chunk(num_heads) for n in ("q", "k", "v", "gate"))
+    decay_up, bias = names["decay_up_proj.weight"].chunk(num_heads), names["decay_up_proj.bias"].chunk(num_heads)
+    rows = []
+    memories = [torch.zeros(wq[0].shape[0], wv[0].shape[0], dtype=x_TD.dtype) for _ in range(num_heads)]
+    for x in x_TD:
+        heads = []
+        for n in range(num_heads):
+            alpha = torch.sigmoid(decay_up[n] @ (names["decay_down_proj.weight"] @ x) + bias[n]) ** (1 / temperature)
+            memories[n] = alpha[:, None] * memories[n] + torch.outer(wk[n] @ x, wv[n] @ x)
+            o = memories[n].mT @ (wq[n] @ x) / wq[n].shape[0] ** 0.5
+            o = o / (o.square().mean() + 1e-6).sqrt() * names["head_norm.weight"]
+            gate = wg[n] @ x
+            heads.append(o * gate * torch.sigmoid(gate))
+        rows.append(names["o_proj.weight"] @ torch.cat(heads))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("T", [1, 9, 70])
+@pytest.mark.parametrize("fields", [{}, {"num_heads": 3, "head_dim": 5, "v_head_dim": 7, "gate_temperature": 2.0}])
+def test_values_and_gradients_are_the_papers(T, fields):
+    built = part(**fields)
+    names = dict(built.named_parameters())
+    with torch.no_grad():
+        for parameter in names.values():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    x, direction = torch.randn(2, T, 24, dtype=torch.float64), torch.randn(2, T, 24, dtype=torch.float64)
+    how = {"num_heads": built.num_heads, "temperature": built.temperature}
+    wanted = torch.stack([by_the_paper(names, row, **how) for row in x])
+    y = built(x, context(x)).y
+    torch.testing.assert_close(y, wanted, rtol=1e-9, atol=1e-10)
+    expected = torch.autograd.grad((wanted * direction).sum(), list(names.values()))
+    actual = torch.autograd.grad((y * direction).sum(), list(names.values()))
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_documents_are_alone(kernels):
+    built = part()
+    built.kernels = kernels
+    assert_documents_are_alone(built)
+
+
+@settings(max_examples=15)
+@given(sizes=splits(11), packed=st.booleans())
+def test_decoding_equals_forward(sizes, packed):
+    assert_decoding_equals_forward(part(), sizes, packed=packed)
+
+
+def test_padding_leaves_the_state_as_it_was():
+    built = part()
+    x = torch.randn(1, 6, 24, dtype=torch.float64)
+    _, padded = decoded(built, x, [4, 2], torch.tensor([[3, 3, 3, 3, 0, 0]]))
+    _, before = decoded(built, x[:, :4], [4], torch.tensor([[3, 3, 3, 3]]))
+    torch.testing.assert_close(padded, before)
+
+
+def test_only_the_past_gets_a_gradient():
+    x = torch.randn(1, 70, 24, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(part()(x, context(x)).y[0, 66].sum(), x)
+    assert (grad[0].abs().sum(-1) > 0).tolist() == [t <= 66 for t in range(70)]
+
+
+def test_roles_cost_and_state():
+    built = part()
+    roles = parameter_roles(built)
+    assert roles["decay_up_proj.bias"] == "bias"
+    assert roles["head_norm.weight"] == "norm"
+    assert {role for name, role in roles.items() if name.endswith("proj.weight")} == {"recurrence"}
+    for T in (1, 20, 130):
+        x = torch.randn(1, T, 24, dtype=torch.float64)
+        with FlopCounterMode(display=False) as counter:
+            built(x, context(x))
+        assert counter.get_total_flops() == pytest.approx(T * built.flops_per_token(T), rel=1e-12)
+    for length in (1, 9999):
+        assert built.state_bytes(length, torch.bfloat16) == 2 * 6 * 12 * 4 + 8
+        assert built.state_bytes(length, torch.float64) == 2 * 6 * 12 * 8 + 8
+
+
+def test_heads_that_do_not_divide_the_width_are_a_problem():
+    config = GLAConfig(num_heads=5)
+    assert [p.fix for p in config.problems_in(24)] == [
+        "set head_dim, or another number of heads",
+        "set v_head_dim, or another number of heads",
+    ]
+    assert not list(GLAConfig(num_heads=5, head_dim=4, v_head_dim=4).problems_in(24))
