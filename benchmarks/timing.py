@@ -8,6 +8,7 @@ import importlib
 import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -23,8 +24,8 @@ HEADING = "# Results\n\nRatios of interleaved runs in one process; medians.\n"
 
 @dataclass
 class Timed:
-    """Seconds of every round of one variant: by the clock, and of processor time (all threads), which other processes
-    on the machine hardly change."""
+    """Seconds of every round of one variant: by the clock, and of processor time (all threads, and child processes),
+    which other processes on the machine hardly change."""
 
     name: str
     seconds: list[float] = field(default_factory=list)
@@ -77,6 +78,11 @@ def _serve(pipe: Any, module: str, function: str, arguments: dict[str, Any]) -> 
         pipe.send((result, time.process_time() - start))
 
 
+def processor_seconds() -> float:
+    """Processor time of this process and of its children that have ended."""
+    return time.process_time() + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
+
 def interleaved(variants: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, Timed]:
     """Calls the variants in turn (A, B, C, A, B, C, …) and times each call.
 
@@ -89,13 +95,13 @@ def interleaved(variants: Mapping[str, Callable[[], object]], *, rounds: int, wa
     for turn in range(warmup + rounds):
         for name, call in variants.items():
             gc.collect()
-            start, cpu_start = time.perf_counter(), time.process_time()
+            start, cpu_start = time.perf_counter(), processor_seconds()
             call()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn >= warmup:
                 timed[name].seconds.append(time.perf_counter() - start)
-                own = call.cpu_seconds if isinstance(call, Elsewhere) else time.process_time() - cpu_start
+                own = call.cpu_seconds if isinstance(call, Elsewhere) else processor_seconds() - cpu_start
                 timed[name].cpu_seconds.append(own)
     return timed
 
