@@ -63,8 +63,9 @@ class Titans(Part):
     (`PersistentTokens`) and are not written to the memory, whose learned start plays that role. Joined outputs are
     ``norm(y) ⊙ σ(norm(m))``: the paper names a non-linearity without saying which.
 
-    The loop over chunks stays outside compiled graphs, which would grow with the length. It costs one product per chunk
-    and layer where a row is one document, several where documents are packed, since chunks then begin at any column.
+    The loop over chunks stays outside compiled graphs, which would grow with the length. FLOPs are counted for one
+    document in its chunked form, forward; packed rows cost more, since chunks then begin at any column and the columns
+    are gone through twice.
 
     Causal only: a memory is written in the order of reading. State: 3 copies of the memory's weights in fp32 (the
     weights, the momentum, the chunk's beginning) whatever the length, and the attention's keys and values.

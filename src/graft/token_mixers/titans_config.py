@@ -44,7 +44,10 @@ class TitansConfig(TokenMixerConfig):
         only_if=WITH_MEMORY,
     )
     memory_depth: int = knob(
-        2, "layers of a head's memory: 1 = a matrix; the paper finds 2 better", ge=1, only_if=WITH_MEMORY
+        2,
+        "layers of a head's memory, 1 = a matrix; 2 because the paper finds deep memories better",
+        ge=1,
+        only_if=WITH_MEMORY,
     )
     memory_intermediate_size: int | None = knob(
         None, "channels between the layers of a memory of depth 2 or more; null = head_dim", ge=1, only_if=WITH_MEMORY
