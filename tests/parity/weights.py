@@ -142,8 +142,10 @@ def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float =
     assert error <= tolerance * scale, f"{what}: off by {error:.2e}, largest value {scale:.2e}"
 
 
-def assert_same_logits_and_gradients(theirs: torch.nn.Module, ours: Model, ids: Tensor) -> None:
-    """One forward and backward of both; every parameter's gradient is compared."""
+def assert_same_logits_and_gradients(
+    theirs: torch.nn.Module, ours: Model, ids: Tensor, *, gradients: float = 10 * TOLERANCE
+) -> None:
+    """One forward and backward of both; every parameter's gradient is compared, up to ``gradients`` of its largest."""
     expected = theirs(ids).logits
     actual = ours(ids)
     assert_close(actual, expected, "logits")
@@ -155,7 +157,7 @@ def assert_same_logits_and_gradients(theirs: torch.nn.Module, ours: Model, ids: 
         grad = mine[our_name(name, ours.config)].grad
         assert grad is not None
         assert parameter.grad is not None
-        assert_close(grad, parameter.grad, f"gradient of {name}", 10 * TOLERANCE)
+        assert_close(grad, parameter.grad, f"gradient of {name}", gradients)
 
 
 @torch.no_grad()
