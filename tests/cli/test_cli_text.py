@@ -1,5 +1,6 @@
 """generate, chat and eval on a real run directory."""
 
+import functools
 import io
 import json
 import math
@@ -88,6 +89,19 @@ def test_generate_json(folder: Path, loaded: LoadedRun, capsys: pytest.CaptureFi
     assert [g["text"] for g in data["generations"]] == [g.text for g in expected]
     assert [g["finish"] for g in data["generations"]] == [g.finish for g in expected]
     assert data["step"] == 12
+
+
+def test_generate_compiled_writes_the_same_text(
+    folder: Path, capsys: pytest.CaptureFixture[str], compiling: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # traces alone
+    command = ["generate", str(folder), "--temperature", "0", "--max-new-tokens", "9", "--device", "cpu"]
+    plain = output(capsys, *command)
+    counters.clear()
+    assert output(capsys, *command, "--compile") == plain
+    assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
 
 
 def test_generate_streams_one_prompt_and_lists_several(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

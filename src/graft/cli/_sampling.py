@@ -23,6 +23,9 @@ TopP = Annotated[float | None, typer.Option(help="Draw from the smallest set wit
 MinP = Annotated[float | None, typer.Option(help="Draw from tokens this share as likely as the best one.")]
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: tokens seen before become less likely.")]
 Seed = Annotated[int, typer.Option(help="Decides every draw.")]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="torch.compile the steps after the prompt: pays off for long texts.")
+]
 Stop = Annotated[list[str] | None, typer.Option(help="End at this text; may be repeated.")]
 
 DEFAULT_TEMPERATURE = 0.8

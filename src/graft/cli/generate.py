@@ -29,6 +29,7 @@ def generate(
     best: arguments.Best = False,
     device: arguments.Device = "auto",
     dtype: arguments.Dtype = "fp32",
+    compile: arguments.Compile = False,
     as_json: Json = False,
 ) -> None:
     """Continue prompts with a trained model.
@@ -40,6 +41,7 @@ def generate(
 
     settings = arguments.settings(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     loaded = arguments.open_run(run, best=best, device=device, dtype=dtype)
+    loaded.model.set_runtime(compile_decode=compile)
     prompts = [prompt_ids(loaded.tokenizer, text) for text in prompt or [""]]
     notice = arguments.length_notice(loaded, max(map(len, prompts)) + max_new_tokens)
     if notice:
