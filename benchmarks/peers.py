@@ -86,6 +86,7 @@ def causal_lm_stepper(
     compile: bool = False,
     adamw: dict[str, Any] | None = None,
     max_grad_norm: float | None = 1.0,
+    warmup_steps: int = 0,
 ) -> Callable[[], float]:
     """One step of the usual loop: forward with labels, backward, clip, AdamW. Returns the loss.
 
@@ -96,10 +97,12 @@ def causal_lm_stepper(
         compile: torch.compile the model.
         adamw: settings of ``torch.optim.AdamW``; none = its defaults.
         max_grad_norm: gradients are clipped to this norm.
+        warmup_steps: steps over which the learning rate rises linearly.
     """
     theirs.train()
     model = torch.compile(theirs) if compile else theirs
     optimizer = torch.optim.AdamW(theirs.parameters(), **(adamw or {}))
+    peaks = [group["lr"] for group in optimizer.param_groups]
     pairs = [(batch_BL[:, :-1].contiguous(), batch_BL[:, 1:].contiguous()) for batch_BL in ids]
     turn = 0
 
@@ -113,6 +116,8 @@ def causal_lm_stepper(
         loss.backward()
         if max_grad_norm is not None:
             nn.utils.clip_grad_norm_(theirs.parameters(), max_grad_norm)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * min(1.0, turn / max(1, warmup_steps))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
