@@ -77,7 +77,7 @@ def test_compiled_decoding_in_bf16_is_as_close_to_fp32_as_plain(compiling: None)
     assert (compiled - wanted).square().mean() < 1.5 * (plain - wanted).square().mean()
 
 
-def test_the_choice_leaves_names_and_training_alone() -> None:
+def test_the_choice_leaves_names_and_training_alone(compiling: None) -> None:
     made, ids = model(), torch.randint(V, (2, 6))
     names, before = list(made.state_dict()), made(ids)
     made.set_runtime(compile_decode=True)

@@ -59,6 +59,12 @@ def _shown(kind: str) -> tuple[str, ...]:
     return tuple(found)
 
 
+def load_shown() -> None:
+    """Reads the presets now: importing while hypothesis draws would touch the random state it watches."""
+    for kind in ("part", "position", "norm"):
+        _shown(kind)
+
+
 def _tables(kind: str) -> st.SearchStrategy[dict[str, Any]]:
     import ast
 
@@ -66,8 +72,8 @@ def _tables(kind: str) -> st.SearchStrategy[dict[str, Any]]:
 
 
 @st.composite
-def compositions(draw: st.DrawFn) -> ModelConfig:
-    """A small random network: any parts, norms, positions, placements, loops, in any layout."""
+def compositions(draw: st.DrawFn) -> dict[str, Any]:
+    """A small random network: any parts, norms, positions, placements, loops, in any layout; see `composed`."""
     placements = st.sampled_from(["pre", "post", "sandwich", "output"])
 
     def part() -> dict[str, Any]:
@@ -85,7 +91,7 @@ def compositions(draw: st.DrawFn) -> ModelConfig:
     num_blocks = draw(st.integers(1, 2))
     blocks = {f"b{i}": [part() for _ in range(draw(st.integers(1, 3)))] for i in range(num_blocks)}
     layout = draw(st.permutations(sorted(blocks)))
-    data = {
+    return {
         "hidden_size": 16,
         "num_layers": num_blocks * draw(st.integers(1, 2)),
         "loops": draw(st.sampled_from([1, 1, 2])),
@@ -103,6 +109,10 @@ def compositions(draw: st.DrawFn) -> ModelConfig:
         },
         "init": {"residual": draw(st.sampled_from(["none", "depth"]))},
     }
+
+
+def composed(data: dict[str, Any]) -> ModelConfig:
+    """The network drawn; draws that mean nothing are thrown away."""
     try:
         return ModelConfig.model_validate(data)
     except ValidationError:

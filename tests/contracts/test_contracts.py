@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
-from subjects import PRESETS, compositions, experiment, network_presets, subject
+from subjects import PRESETS, composed, compositions, experiment, load_shown, network_presets, subject
 
-from graft.config.model import ModelConfig
 from graft.config.registry import PACKAGES, variants
 from graft.contracts.registry import ALWAYS, BIDIRECTIONAL, CAUSAL, SLOW, contracts_for
 from graft.contracts.subject import Subject
@@ -35,6 +35,7 @@ def test_contract(contract: Callable[[Subject], None], path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # some mixers compile for a minute on a quiet machine
 @pytest.mark.usefixtures("compiling")
 @pytest.mark.parametrize("path", network_presets(), ids=lambda p: f"{p.parent.name}/{p.stem}")
 @pytest.mark.parametrize("contract", SLOW, ids=lambda c: c.__name__)
@@ -42,20 +43,27 @@ def test_slow_contract(contract: Callable[[Subject], None], path: Path) -> None:
     contract(subject(path))
 
 
-def hold(config: ModelConfig) -> None:
-    drawn = Subject(config, CausalLMConfig(z_loss_coef=1e-3))
+@pytest.fixture(scope="module")
+def shown() -> None:
+    load_shown()
+
+
+def hold(data: dict[str, Any]) -> None:
+    drawn = Subject(composed(data), CausalLMConfig(z_loss_coef=1e-3))
     for contract in contracts_for(drawn):
         contract(drawn)
 
 
+@pytest.mark.usefixtures("shown")
 @settings(max_examples=15)
 @given(compositions())
-def test_contracts_hold_for_any_composition(config: ModelConfig) -> None:
-    hold(config)
+def test_contracts_hold_for_any_composition(data: dict[str, Any]) -> None:
+    hold(data)
 
 
 @pytest.mark.slow
-@settings(max_examples=150)
+@pytest.mark.usefixtures("shown")
+@settings(max_examples=100)
 @given(compositions())
-def test_contracts_hold_for_many_compositions(config: ModelConfig) -> None:
-    hold(config)
+def test_contracts_hold_for_many_compositions(data: dict[str, Any]) -> None:
+    hold(data)
