@@ -15,7 +15,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run directory.")], as_json: Json = False) -> None:
     """Write report.html into a run directory: curves, baselines, samples, config, environment."""
-    from graft.report.page import RunRecord, comparison, write_report
+    from graft.report.page import RunRecord, comparison, comparison_lines, write_report
 
     path = write_report(run)
     scores = comparison(RunRecord.read(run))
@@ -23,6 +23,6 @@ def report(run: Annotated[Path, typer.Argument(help="Run directory.")], as_json:
         print_json({"report": str(path), "bits_per_byte": scores})
         return
     out = console()
-    for name, bpb in sorted(scores.items(), key=lambda item: item[1]):
-        out.print(f"{bpb:8.4f} bits per byte  {name}")
+    for line in comparison_lines(scores):
+        out.print(line)
     out.print(str(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -47,13 +48,24 @@ def train(
     )
     if as_json:
         print_json(summary(run))
+    else:
+        assert run.directory is not None
+        _compare(run.directory)
+
+
+def _compare(run_dir: Path) -> None:
+    """Prints how the run stands beside the untrained model and counting, and where its page is."""
+    from graft.report.page import FILE, RunRecord, comparison, comparison_lines
+
+    for line in comparison_lines(comparison(RunRecord.read(run_dir))):
+        typer.echo(line)
+    typer.echo(str(run_dir / FILE))
 
 
 def as_given(config: str, overrides: list[str]) -> str:
     """The config file's text with the command line's overrides as comments; TOML is rewritten as YAML."""
     import io
     import tomllib
-    from pathlib import Path
 
     from ruamel.yaml import YAML
 

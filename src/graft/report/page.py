@@ -102,6 +102,11 @@ def comparison(record: RunRecord) -> dict[str, float]:
     return bars
 
 
+def comparison_lines(scores: Mapping[str, float]) -> list[str]:
+    """`comparison` to read in a terminal, best first."""
+    return [f"{bpb:8.4f} bits per byte  {name}" for name, bpb in sorted(scores.items(), key=lambda item: item[1])]
+
+
 def _cards(cards: Mapping[str, str | None]) -> str:
     shown = "".join(
         f'<div class="card"><b>{escape(v)}</b><span>{escape(k)}</span></div>' for k, v in cards.items() if v is not None
