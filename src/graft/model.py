@@ -30,11 +30,14 @@ class Features(NamedTuple):
         x_BTD: the residual stream after the final norm.
         state: where the sequences stand now; None outside decoding.
         aux: the parts' named sums over positions (see `PartOutput.aux`), added up over layers and loops.
+        usage: the parts' counts (see `PartOutput.usage`), named ``layers.<i>.<branch>.<what is counted>``, added up over
+            loops.
     """
 
     x_BTD: Tensor
     state: ModelState | None
     aux: Mapping[str, Tensor]
+    usage: Mapping[str, Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -168,10 +171,10 @@ class Model(nn.Module):
             causal=not self.config.bidirectional,
             tables=self._tables(positions_BT),
         )
-        x_BTD, aux = self._run_layers(x_BTD, ctx, state)
+        x_BTD, aux, usage = self._run_layers(x_BTD, ctx, state)
         if state is not None:
             state.advance(positions_BT, segment_ids_BT)
-        return Features(x_BTD if self.final_norm is None else self.final_norm(x_BTD), state, aux)
+        return Features(x_BTD if self.final_norm is None else self.final_norm(x_BTD), state, aux, usage)
 
     def logits(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
         """The head on features: soft-capped, fp32, over the vocabulary without padding rows."""
@@ -244,9 +247,24 @@ class Model(nn.Module):
         """What position modules compute from positions alone, once for all layers with equal keys."""
         return {key: position.tables(positions_BT) for key, position in self._table_positions.items()}
 
-    def _run_layers(self, x_BTD: Tensor, ctx: Context, state: ModelState | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The residual stream after all loops, and the named sums. Updates ``state``."""
+    def after_update(self, usage: Mapping[str, Tensor]) -> None:
+        """Lets parts react to an optimizer update (`Part.after_update`).
+
+        Args:
+            usage: sums of `Features.usage` over the step.
+        """
+        for layer, block in enumerate(self.blocks()):
+            for name, branch in block.branches():
+                prefix = f"layers.{layer}.{name}."
+                own = {key.removeprefix(prefix): n for key, n in usage.items() if key.startswith(prefix)}
+                branch.part.after_update(own)
+
+    def _run_layers(
+        self, x_BTD: Tensor, ctx: Context, state: ModelState | None
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """The residual stream after all loops, the named sums, and the counts. Updates ``state``."""
         aux: dict[str, Tensor] = {}
+        usage: dict[str, Tensor] = {}
         for loop in range(self.config.loops):
             for layer, block in enumerate(self.blocks()):
                 if state is None:
@@ -256,8 +274,9 @@ class Model(nn.Module):
                     out = run(x_BTD, ctx, state.branches[loop][layer])
                     state.branches[loop][layer] = out.states
                 x_BTD, aux = out.x, add_sums(aux, out.aux)
+                usage = add_sums(usage, {f"layers.{layer}.{name}": counts for name, counts in out.usage.items()})
                 ctx = replace(ctx, published=out.published)
-        return x_BTD, aux
+        return x_BTD, aux, usage
 
     def _train_layer(self, layer: int, x_BTD: Tensor, ctx: Context) -> BlockOutput:
         """One layer outside decoding, compiled and recomputed as `execution` says."""

@@ -94,12 +94,15 @@ class PartOutput(NamedTuple):
         state: what the part gets at its next call; None outside decoding.
         aux: named differentiable *sums* over positions that the objective may add to the loss (never means).
         published: tensors for later parts of the same forward, by name.
+        usage: detached int64 counts [E] of how often each expert, chapter, … was chosen, by what is counted
+            ("experts"). Only while training. `Part.after_update` gets the step's sums; telemetry reads them.
     """
 
     y: Tensor
     state: State = None
     aux: Mapping[str, Tensor] = {}
     published: Mapping[str, Tensor] = {}
+    usage: Mapping[str, Tensor] = {}
 
 
 def add_sums(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -137,6 +140,15 @@ class Part(nn.Module):
         """Bytes of state per sequence of ``max_len`` positions (default: the tensors of `init_state`, counted)."""
         state = self.init_state(1, max_len, device=torch.device("meta"), dtype=dtype)
         return sum(t.numel() * t.element_size() for t in tensors_of(state))
+
+    def after_update(self, usage: Mapping[str, Tensor]) -> None:
+        """Called once after each optimizer update that was made; default: nothing.
+
+        For what is adjusted by a rule instead of a gradient. What it changes must be a persistent buffer.
+
+        Args:
+            usage: this part's counts (`PartOutput.usage`) over all micro-batches and ranks of the step.
+        """
 
     @abstractmethod
     def flops_per_token(self, seq_len: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from graft.channel_mixers.mlp_config import MlpConfig
 from graft.config.model import ModelConfig
 from graft.initialization import initialize
 from graft.linears.dense_config import DenseConfig
+from graft.model import build_model
 from graft.network.block import Block, Branch, branch_names
 from graft.part import Context, Part, PartOutput, Site, State, add_sums, parameter_roles
 
@@ -113,14 +115,35 @@ class Telltale(Part):
         super().__init__()
         self.label = label
         self.seen: dict[str, Tensor] = {}
+        self.updated: dict[str, Tensor] = {}
 
     def forward(self, x_BTD: Tensor, ctx: Context, state: State = None) -> PartOutput:
         self.seen = dict(ctx.published)
         count = torch.tensor(float(x_BTD.shape[0] * x_BTD.shape[1]))
-        return PartOutput(x_BTD, (state or 0) + 1, {"count": count}, {self.label: x_BTD})
+        return PartOutput(
+            x_BTD, (state or 0) + 1, {"count": count}, {self.label: x_BTD}, {"items": torch.tensor([2, 1])}
+        )
+
+    def after_update(self, usage: Mapping[str, Tensor]) -> None:
+        self.updated = dict(usage)
 
     def flops_per_token(self, seq_len: int) -> float:
         return 0.0
+
+
+def test_counts_add_up_over_loops_and_come_back_to_their_part() -> None:
+    model = build_model(config(norm_placement="pre").replace(num_layers=2, loops=3), 7, seed=0)
+    parts = [Telltale("a"), Telltale("b")]
+    for block, part in zip(model.blocks(), parts, strict=True):
+        block["mlp"].part = part
+    usage = model.features(torch.zeros(1, 4, dtype=torch.int64)).usage
+    assert {name: counts.tolist() for name, counts in usage.items()} == {
+        "layers.0.mlp.items": [6, 3],
+        "layers.1.mlp.items": [6, 3],
+    }
+    model.after_update({"layers.1.mlp.items": torch.tensor([5, 4])})
+    assert parts[0].updated == {}
+    assert parts[1].updated["items"].tolist() == [5, 4]
 
 
 def test_state_sums_and_published_tensors_flow() -> None:
@@ -137,6 +160,10 @@ def test_state_sums_and_published_tensors_flow() -> None:
     assert set(second.seen) == {"first"}
     assert set(out.published) == {"first", "second"}
     assert not CTX.published
+    assert {name: counts.tolist() for name, counts in out.usage.items()} == {
+        "mlp.items": [2, 1],
+        "mlp_2.items": [2, 1],
+    }
 
 
 @pytest.mark.parametrize(

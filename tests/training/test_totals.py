@@ -61,3 +61,12 @@ def test_state_comes_back():
     totals = Totals(4, 10, 8)
     totals.add({"ce": torch.tensor(8.25)})
     assert Totals.from_state(totals.state_dict(), torch.device("cpu")) == totals
+
+
+def test_counts_add_up_and_come_back():
+    totals = Totals(4, 10, 8)
+    totals.count({"layers.0.moe.experts": torch.tensor([1, 2])})
+    totals.merge(Totals(usage={"layers.0.moe.experts": torch.tensor([3, 0])}))
+    assert totals.usage["layers.0.moe.experts"].tolist() == [4, 2]
+    read = Totals.from_state(totals.state_dict(), torch.device("cpu"))
+    assert read.usage["layers.0.moe.experts"].tolist() == [4, 2]

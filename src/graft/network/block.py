@@ -84,12 +84,14 @@ class BlockOutput(NamedTuple):
         states: what each branch hands to its next call, by branch name.
         aux: the parts' named sums, added up over the layer.
         published: what later layers may read, everything from before included.
+        usage: the parts' counts, named ``<branch>.<what is counted>``.
     """
 
     x: Tensor
     states: dict[str, State]
     aux: dict[str, Tensor]
     published: Mapping[str, Tensor]
+    usage: dict[str, Tensor]
 
 
 def branch_names(parts: LayerParts) -> list[str]:
@@ -130,11 +132,13 @@ class Block(nn.ModuleDict):
         """Runs the branches. ``states`` is None outside decoding, else what each branch returned last time."""
         new_states: dict[str, State] = {}
         aux: dict[str, Tensor] = {}
+        usage: dict[str, Tensor] = {}
         for name, branch in self.branches():
             out: PartOutput = branch(x_BTD, ctx, None if states is None else states[name])
             x_BTD = out.y
             new_states[name] = out.state
             aux = add_sums(aux, out.aux)
+            usage |= {f"{name}.{counted}": counts for counted, counts in out.usage.items()}
             if out.published:
                 ctx = dataclasses.replace(ctx, published={**ctx.published, **out.published})
-        return BlockOutput(x_BTD, new_states, aux, ctx.published)
+        return BlockOutput(x_BTD, new_states, aux, ctx.published, usage)

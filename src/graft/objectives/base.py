@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,11 +24,13 @@ class LossTerms:
         aux: differentiable sum over the batch's positions; divided by the step's ``num_positions``. Zero without parts
             that have auxiliary terms. Never part of perplexity or bits per byte.
         metrics: detached sums over targets, by name.
+        usage: the model's counts (`graft.model.Features.usage`).
     """
 
     main: Tensor
     aux: Tensor
     metrics: Mapping[str, Tensor]
+    usage: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 class Objective(ABC):

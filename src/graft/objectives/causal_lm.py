@@ -31,4 +31,5 @@ class CausalLM(Objective):
             batch.input_ids_BT, positions_BT=batch.positions_BT, segment_ids_BT=batch.segment_ids_BT
         )
         sums = predict(model, features.x_BTD, batch.targets_BT, z_loss_coef=self.config.z_loss_coef)
-        return LossTerms(sums.loss, aux_total(features.aux, sums.loss), {"ce": sums.ce, "z_loss": sums.z})
+        metrics = {"ce": sums.ce, "z_loss": sums.z}
+        return LossTerms(sums.loss, aux_total(features.aux, sums.loss), metrics, features.usage)

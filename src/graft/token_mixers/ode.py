@@ -98,25 +98,26 @@ class Ode(Part):
     def forward(self, x_BTD: Float[Tensor, "B T D"], ctx: Context, state: Evaluations | None = None) -> PartOutput:
         """[B, T, D], the stream itself, to [B, T, D]; see `graft.part.Part`."""
         aux: dict[str, Tensor] = {}
+        usage: dict[str, Tensor] = {}
         first: dict[str, Tensor] = {}
         after: Evaluations = []
         recompute = self.checkpointing == "block" and state is None and self.num_evaluations > 1
 
         def field(z_BTD: Tensor, t: float, evaluation: int) -> Tensor:
-            nonlocal aux
+            nonlocal aux, usage
             now = None if state is None else state[evaluation]
             if recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 out, states = checkpoint(self.evaluate, z_BTD, t, ctx, now, use_reentrant=False)
             else:
                 out, states = self.evaluate(z_BTD, t, ctx, now)
-            aux = add_sums(aux, out.aux)
+            aux, usage = add_sums(aux, out.aux), add_sums(usage, out.usage)
             if evaluation == 0:
                 first.update(out.published)
             after.append(states)
             return out.y
 
         y_BTD = increment(field, x_BTD, self.tableau, self.steps, self.weights)
-        return PartOutput(y_BTD, None if state is None else after, aux, first)
+        return PartOutput(y_BTD, None if state is None else after, aux, first, usage)
 
     def evaluate(
         self, z_BTD: Tensor, t: float, ctx: Context, states: list[State] | None
@@ -127,16 +128,24 @@ class Ode(Part):
         sums: list[Tensor] = []
         aux: dict[str, Tensor] = {}
         published: dict[str, Tensor] = {}
+        usage: dict[str, Tensor] = {}
         after: list[State] = []
         for i, part in enumerate(self.field):
             out: PartOutput = part(z_BTD, ctx, None if states is None else states[i])
             sums.append(out.y)
             z_BTD = z_BTD + out.y
             aux = add_sums(aux, out.aux)
+            usage |= {f"{i}.{counted}": counts for counted, counts in out.usage.items()}
             published.update(out.published)
             ctx = replace(ctx, published={**ctx.published, **out.published})
             after.append(out.state)
-        return PartOutput(sum(sums[1:], start=sums[0]), None, aux, published), after
+        return PartOutput(sum(sums[1:], start=sums[0]), None, aux, published, usage), after
+
+    def after_update(self, usage: Mapping[str, Tensor]) -> None:
+        """Hands each part inside its own counts."""
+        for i, part in enumerate(self.parts()):
+            prefix = f"{i}."
+            part.after_update({k.removeprefix(prefix): n for k, n in usage.items() if k.startswith(prefix)})
 
     def parts(self) -> list[Part]:
         """The parts inside, in order."""

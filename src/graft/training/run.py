@@ -135,6 +135,7 @@ class Run:
         self.step += 1
         self.tokens += totals.num_positions
         if verdict is Verdict.GOOD:
+            self.model.after_update(totals.usage)
             self.window.merge(totals)
 
     def note_evaluation(self, numbers: Mapping[str, float | None]) -> None:

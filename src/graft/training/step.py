@@ -49,6 +49,7 @@ def train_step(run: Run) -> StepReport:
         run.precision.scale(loss).backward()
         losses.append(loss.detach())
         totals.add({**terms.metrics, "aux": terms.aux})
+        totals.count(terms.usage)
     loss, grad_norm = sum(losses[1:], losses[0]), run.gradient_norm()
     verdict = run.judge(loss, grad_norm)  # finite, or nothing is changed at all
     learning_rate = run.update(verdict, grad_norm)

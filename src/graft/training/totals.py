@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from graft.data.batch import Batch
+from graft.part import add_sums
 
 
 @dataclass
@@ -23,12 +24,14 @@ class Totals:
         num_positions: positions, padding included: the denominator of auxiliary sums.
         sums: detached scalars by name; ``ce`` is the cross-entropy in nats, ``aux`` is summed over positions, all
             others over targets.
+        usage: counts of what the model chose, by name (`graft.model.Features.usage`).
     """
 
     num_targets: int = 0
     num_bytes: int = 0
     num_positions: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    usage: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @classmethod
     def of(cls, batches: Sequence[Batch]) -> Totals:
@@ -45,12 +48,17 @@ class Totals:
             wide = value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
             self.sums[name] = self.sums[name] + wide if name in self.sums else wide
 
+    def count(self, usage: Mapping[str, Tensor]) -> None:
+        """Adds named counts."""
+        self.usage = add_sums(self.usage, usage)
+
     def merge(self, other: Totals) -> None:
         """Adds another's sums and denominators."""
         self.num_targets += other.num_targets
         self.num_bytes += other.num_bytes
         self.num_positions += other.num_positions
         self.add(other.sums)
+        self.count(other.usage)
 
     def means(self) -> dict[str, float | None]:
         """What the sums say per target.
@@ -80,10 +88,12 @@ class Totals:
             "num_bytes": self.num_bytes,
             "num_positions": self.num_positions,
             "sums": {name: value.cpu() for name, value in self.sums.items()},
+            "usage": {name: counts.cpu() for name, counts in self.usage.items()},
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], device: torch.device) -> Totals:
         """What `state_dict` wrote, its sums on ``device``."""
         sums = {name: value.to(device) for name, value in state["sums"].items()}
-        return cls(state["num_targets"], state["num_bytes"], state["num_positions"], sums)
+        usage = {name: counts.to(device) for name, counts in state["usage"].items()}
+        return cls(state["num_targets"], state["num_bytes"], state["num_positions"], sums, usage)
