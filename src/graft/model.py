@@ -30,8 +30,8 @@ class Features(NamedTuple):
         x_BTD: the residual stream after the final norm.
         state: where the sequences stand now; None outside decoding.
         aux: the parts' named sums over positions (see `PartOutput.aux`), added up over layers and loops.
-        usage: the parts' counts (see `PartOutput.usage`), named ``layers.<i>.<branch>.<what is counted>``, added up over
-            loops.
+        usage: the parts' counts (see `PartOutput.usage`), named ``layers.<i>.<branch>.<what is counted>``, added up
+            over loops.
     """
 
     x_BTD: Tensor
