@@ -55,7 +55,9 @@ class TiktokenPath:
             return list(pool.map(self._encode, texts))
 
     def _encode(self, text: str) -> NDArray[np.uint32]:
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
+        # tiktoken's own way into numpy first looks for special tokens, of which there are none: a seventh of the time
+        ids = self._encoding.encode_ordinary(text)
+        return np.fromiter(ids, dtype=np.uint32, count=len(ids))
 
 
 def _pattern(spec: Mapping[str, Any]) -> str | None:
