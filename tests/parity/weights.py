@@ -125,7 +125,8 @@ def pair(theirs: torch.nn.Module, config: ModelConfig) -> tuple[torch.nn.Module,
     """Both models in fp64 with the same random weights; asserts that no parameter on either side is left out."""
     theirs = theirs.double().eval()
     randomize(theirs)
-    ours = build_model(config, theirs.config.vocab_size, seed=0, dtype=torch.float64).eval()
+    vocab_size = theirs.get_parameter("model.embed_tokens.weight").shape[0]
+    ours = build_model(config, vocab_size, seed=0, dtype=torch.float64).eval()
     copied = {our_name(name, config): p for name, p in theirs.named_parameters()}
     mine = dict(ours.named_parameters())
     assert copied.keys() == mine.keys()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -13,6 +12,7 @@ from graft.ops.attention_banded import BLOCK, banded_attention
 from graft.ops.attention_folded import Scoring, folded_attention
 from graft.ops.attention_mask import Visibility
 from graft.ops.attention_reference import reference_attention
+from graft.ops.autocast import full_precision
 from graft.shapes import Float, Int
 
 Kernels = Literal["auto", "reference"]
@@ -115,7 +115,7 @@ def attention(
     q_BTNH, k_BSKH, v_BSKH = (matmul_operand(x) for x in (q_BTNH, k_BSKH, v_BSKH))
     width = v_BSKH.shape[-1]
     kernel = choose_kernel(q_BTNH, k_BSKH, visibility, scoring, v_head_dim=width, dropout=dropout, kernels=kernels)
-    with no_autocast(q_BTNH.device):
+    with full_precision(q_BTNH.device):  # the kernels choose dtypes themselves
         match kernel:
             case "reference":
                 return reference_attention(q_BTNH, k_BSKH, v_BSKH, visibility, scoring, dropout=dropout)
@@ -133,13 +133,6 @@ def matmul_operand(x: Tensor) -> Tensor:
     if device == "meta" or not torch.is_autocast_enabled(device):
         return x
     return x.to(torch.get_autocast_dtype(device))
-
-
-def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """The kernels choose dtypes themselves (the meta device knows no autocast)."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 def _sdpa(

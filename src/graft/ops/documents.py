@@ -59,6 +59,51 @@ def find_documents(segment_ids_BT: Tensor, segment_B: Tensor | None = None, coun
     )
 
 
+def continued_segments(segment_ids_BT: Tensor | None, segment_B: Tensor, num_new: int) -> Tensor:
+    """Document numbers of the next positions: the given ones, else each row's document goes on (the first is 1)."""
+    if segment_ids_BT is not None:
+        return segment_ids_BT
+    return segment_B.clamp_min(1)[:, None].expand(-1, num_new)
+
+
+def documents_of(
+    segment_ids_BT: Tensor | None, num_positions: int, segment_B: Tensor | None, count_B: Tensor | None = None
+) -> Documents | None:
+    """The documents that a recurrence meets in one call.
+
+    Args:
+        segment_ids_BT: as of `continued_segments`.
+        num_positions: positions of the call.
+        segment_B: the document under way before, 0 = none; None outside decoding.
+        count_B: its real positions so far; None = they are not needed.
+
+    Returns:
+        None for rows of one document each, without padding, before which there was nothing.
+    """
+    if segment_B is not None:
+        segment_ids_BT = continued_segments(segment_ids_BT, segment_B, num_positions)
+    return None if segment_ids_BT is None else find_documents(segment_ids_BT, segment_B, count_B)
+
+
+def begins(documents: Documents) -> Tensor:
+    """[B, T] bool: the positions with which a document begins."""
+    return documents.run_BT != F.pad(documents.run_BT[:, :-1], (1, 0))
+
+
+def forgetting(log_decay: Tensor, documents: Documents | None) -> Tensor:
+    """Logarithms of decays [B, T, …], such that a document begins with an empty memory and padding decays nothing."""
+    if documents is None:
+        return log_decay
+    shape = (*documents.real_BT.shape, *(1,) * (log_decay.dim() - 2))
+    forgets, real = begins(documents).view(shape), documents.real_BT.view(shape)
+    return log_decay.masked_fill(~real, 0.0).masked_fill(forgets, -torch.inf)
+
+
+def nothing_yet(batch_size: int, device: torch.device) -> Tensor:
+    """[B] int64: the document under way before the first position."""
+    return torch.zeros(batch_size, dtype=torch.int64, device=device)
+
+
 def padded_documents(documents: Documents, extra: int) -> Documents:
     """The same with ``extra`` positions of padding after the last."""
     return documents._replace(

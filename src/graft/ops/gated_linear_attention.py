@@ -10,14 +10,14 @@ so that nothing overflows and strong decays lose nothing; a logarithm of −∞ 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from graft.ops.autocast import full_precision
+from graft.ops.outside_graphs import outside_graphs
 from graft.shapes import Float
 
 CHUNK = 64
@@ -46,10 +46,8 @@ def gated_linear_attention(
     Returns:
         Outputs in the dtype of v, the memory in fp32 or wider. Both forms compute in fp32 or wider throughout.
     """
-    run: Callable[..., tuple[Tensor, Tensor]] = _attend
-    if torch.compiler.is_compiling():  # every level would be several kernels of its own, and minutes to build
-        run = cast(Callable[..., tuple[Tensor, Tensor]], torch.compiler.disable(_attend))
-    return run(q_BTNH, k_BTNH, v_BTNF, log_decay_BTNH, state_BNHF, kernels)
+    # every level of halves would be several kernels of its own, and minutes to build
+    return outside_graphs(_attend)(q_BTNH, k_BTNH, v_BTNF, log_decay_BTNH, state_BNHF, kernels)
 
 
 def _attend(

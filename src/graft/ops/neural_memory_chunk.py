@@ -19,12 +19,13 @@ Letters: N heads, C columns, a layer's weights [B, N, in, out].
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from graft.ops.autocast import full_precision
 
 Weights = tuple[Tensor, ...]
 """One tensor [B or 1, N, in, out] per layer."""
@@ -117,16 +118,12 @@ class Shares(NamedTuple):
     gradient_in_momentum_BNCC: Tensor
 
 
-def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Weights that change a little at every token are kept and multiplied in fp32 or wider, whatever autocast says."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
 def evaluate(bases: Bases, x_BNCH: Tensor) -> Tensor:
-    """f(M; x) at every column, M being the weights its base names."""
-    with no_autocast(x_BNCH.device):
+    """f(M; x) at every column, M being the weights its base names.
+
+    Weights that change a little at every token are kept and multiplied in fp32 or wider, whatever autocast says.
+    """
+    with full_precision(x_BNCH.device):
         return _forward(bases, x_BNCH)[0]
 
 
@@ -182,17 +179,17 @@ def advance(propose: Propose, memory: Memory, start: Weights, columns: Columns |
     """
     if columns is None:
         writing, bases = _asked(propose, (Base(memory.weights, None),))
-        with no_autocast(writing.k_BNCH.device):
+        with full_precision(writing.k_BNCH.device):
             return _read_and_move(writing, bases, memory, start, None)
     old_BC, fresh_BC = columns.run_BC == 0, columns.run_BC > 0
     writing, bases = _asked(propose, (Base(memory.base, old_BC), Base(start, fresh_BC)))
-    with no_autocast(writing.k_BNCH.device):
+    with full_precision(writing.k_BNCH.device):
         shares = _shares(writing, columns)
         found = surprise(bases, writing.k_BNCH, writing.v_BNCH)
         border = _weights_before(columns.begins_BC, shares, found, memory)
     new_BC = (columns.begins_BC.cumsum(1) > 0) & old_BC
     writing, bases = _asked(propose, (Base(memory.base, old_BC & ~new_BC), Base(border, new_BC), Base(start, fresh_BC)))
-    with no_autocast(writing.k_BNCH.device):
+    with full_precision(writing.k_BNCH.device):
         return _read_and_move(writing, bases, memory, start, columns)
 
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graft.ops.neural_memory_chunk import Base, Columns, Memory, Propose, Weights, no_autocast
+from graft.ops.autocast import full_precision
+from graft.ops.neural_memory_chunk import Base, Columns, Memory, Propose, Weights
 
 
 def reference_step(propose: Propose, memory: Memory, start: Weights, columns: Columns | None) -> tuple[Tensor, Memory]:
@@ -18,7 +19,7 @@ def reference_step(propose: Propose, memory: Memory, start: Weights, columns: Co
     momentum = tuple(torch.where(fresh, 0.0, x) for x in memory.momentum)
     base = tuple(torch.where(fresh | begins, a, b) for a, b in zip(weights, memory.base, strict=True))
     writing = propose((Base(base, None),))
-    with no_autocast(writing.k_BNCH.device):
+    with full_precision(writing.k_BNCH.device):
         gradient = _gradient(base, writing.k_BNCH, writing.v_BNCH)
         step, eta, keep = (
             x[..., None] for x in (writing.step_BNC, writing.log_momentum_BNC.exp(), writing.log_keep_BNC.exp())

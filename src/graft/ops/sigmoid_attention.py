@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from graft.ops.attention import FOLDED_BELOW, Kernels, matmul_operand, no_autocast
+from graft.ops.attention import FOLDED_BELOW, Kernels, matmul_operand
 from graft.ops.attention_banded import BLOCK, keep_arguments, pair_flops
 from graft.ops.attention_folded import (
     Block,
@@ -25,6 +25,7 @@ from graft.ops.attention_folded import (
     unfold_queries,
 )
 from graft.ops.attention_mask import Scoring, Visibility
+from graft.ops.autocast import full_precision
 from graft.ops.decayed_products import decayed_products_backward
 from graft.ops.sigmoid_attention_reference import NORMALIZER_EPS, Weighing, reference_sigmoid_attention
 from graft.shapes import Float, Int
@@ -75,7 +76,7 @@ def sigmoid_attention(
     )
     scoring = Scoring(scale, None, slopes_N, rates_H)
     q_BTNH, k_BSKH, v_BSKH = (matmul_operand(x) for x in (q_BTNH, k_BSKH, v_BSKH))
-    with no_autocast(q_BTNH.device):
+    with full_precision(q_BTNH.device):
         if kernels == "reference":
             return reference_sigmoid_attention(q_BTNH, k_BSKH, v_BSKH, visibility, scoring, weighing)
         if T >= FOLDED_BELOW or (sliding_window is not None and sliding_window < S and T > BLOCK):

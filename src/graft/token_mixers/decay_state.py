@@ -30,10 +30,3 @@ def empty_decay_state(
     S_BNHF = torch.zeros(batch_size, num_heads, head_dim, value_dim, device=device, dtype=wide)
     nothing_B = torch.zeros(batch_size, device=device, dtype=torch.int64)
     return DecayState(S_BNHF, nothing_B, nothing_B.clone())
-
-
-def continued_segments(segment_ids_BT: Tensor | None, state: DecayState, num_new: int) -> Tensor:
-    """Document numbers of the next positions: the given ones, else each row's document goes on (the first is 1)."""
-    if segment_ids_BT is not None:
-        return segment_ids_BT
-    return state.segment_B.clamp_min(1)[:, None].expand(-1, num_new)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from graft.config.roles import Role
 from graft.initialization import Rng
+from graft.ops.documents import documents_of, forgetting, nothing_yet
 from graft.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_flops
 from graft.ops.short_conv import ConvState
 from graft.part import Context, Part, PartOutput, Site, State, linear_flops
 from graft.shapes import Float
 from graft.token_mixers.gated_deltanet_config import GatedDeltaNetConfig
-from graft.token_mixers.recurrent_documents import documents_of, forgetting, nothing_yet
 from graft.token_mixers.short_conv import ShortConv
 
 LENGTH_EPS = 1e-6
@@ -105,7 +105,7 @@ class GatedDeltaNet(Part):
         self, x_BTD: Float[Tensor, "B T D"], ctx: Context, state: GatedDeltaNetState | None = None
     ) -> PartOutput:
         assert ctx.causal, "the recurrence has one direction"
-        documents = documents_of(x_BTD, ctx.segment_ids_BT, None if state is None else state.segment_B)
+        documents = documents_of(ctx.segment_ids_BT, x_BTD.shape[1], None if state is None else state.segment_B)
         conv_state = None if state is None else state.conv
         q_BTNH, k_BTNH, v_BTNF, conv_state = self._read(x_BTD, ctx.segment_ids_BT, conv_state)
         log_decay_BTN = forgetting(self.fading(self.a_proj(x_BTD)), documents)

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graft.ops.documents import documents_of, forgetting, nothing_yet
 from graft.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_flops
 from graft.part import Context, Part, PartOutput, Site, State, linear_flops
 from graft.shapes import Float
 from graft.token_mixers.gla_config import GLAConfig
-from graft.token_mixers.recurrent_documents import documents_of, forgetting, nothing_yet
 
 
 class GLAState(NamedTuple):
@@ -63,7 +63,7 @@ class GLA(Part):
 
     def forward(self, x_BTD: Float[Tensor, "B T D"], ctx: Context, state: GLAState | None = None) -> PartOutput:
         assert ctx.causal, "the recurrence has one direction"
-        documents = documents_of(x_BTD, ctx.segment_ids_BT, None if state is None else state.segment_B)
+        documents = documents_of(ctx.segment_ids_BT, x_BTD.shape[1], None if state is None else state.segment_B)
         heads = (self.num_heads, -1)
         q_BTNH, k_BTNH = (proj(x_BTD).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj))
         v_BTNF = self.v_proj(x_BTD).unflatten(-1, heads)

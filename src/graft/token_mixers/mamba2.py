@@ -14,11 +14,11 @@ from graft.config.roles import Role
 from graft.errors import ConfigError
 from graft.initialization import Rng
 from graft.ops.decay_attention import bidirectional_decay_attention, chunked_flops, decay_attention
-from graft.ops.documents import Documents, find_documents
+from graft.ops.documents import Documents, continued_segments, documents_of
 from graft.ops.short_conv import ConvState
 from graft.part import Context, Part, PartOutput, Site, State, linear_flops
 from graft.shapes import Float
-from graft.token_mixers.decay_state import DecayState, continued_segments, empty_decay_state
+from graft.token_mixers.decay_state import DecayState, empty_decay_state
 from graft.token_mixers.mamba2_config import Mamba2Config
 from graft.token_mixers.short_conv import ShortConv
 
@@ -122,13 +122,13 @@ class Mamba2(Part):
 
     def forward(self, x_BTD: Float[Tensor, "B T D"], ctx: Context, state: Mamba2State | None = None) -> PartOutput:
         """[B, T, D] to [B, T, D]; see `graft.part.Part`. Decoding is causal only."""
-        segments_BT, documents = ctx.segment_ids_BT, None
+        segments_BT, documents, before = ctx.segment_ids_BT, None, (None, None)
         if state is not None:
             assert self.causal, "an encoder has no state"
-            segments_BT = continued_segments(segments_BT, state.scan, x_BTD.shape[1])
-            documents = find_documents(segments_BT, state.scan.segment_B, state.scan.count_B)
-        elif segments_BT is not None and self.causal:
-            documents = find_documents(segments_BT)
+            before = state.scan[1:]
+            segments_BT = continued_segments(segments_BT, state.scan.segment_B, x_BTD.shape[1])
+        if self.causal:
+            documents = documents_of(segments_BT, x_BTD.shape[1], *before)
         mixed, dt_BTN = self.in_proj(x_BTD).tensor_split([self.inner + sum(self.sizes)], dim=-1)
         z_BTI, mixed = mixed.tensor_split([self.inner], dim=-1)
         mixed, conv = self.conv(mixed, segments_BT, None if state is None else state.conv, kernels=self.kernels)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from graft.errors import ConfigError
 from graft.ops.decay_attention import bidirectional_decay_attention, chunked_flops, decay_attention
-from graft.ops.documents import Documents, find_documents
+from graft.ops.documents import Documents, documents_of, find_documents
 from graft.part import Context, Part, PartOutput, Site, State, linear_flops
 from graft.positions.base import AttentionPosition, tables_for
 from graft.shapes import Float
-from graft.token_mixers.decay_state import DecayState, continued_segments, empty_decay_state
+from graft.token_mixers.decay_state import DecayState, empty_decay_state
 from graft.token_mixers.retention_config import RetentionConfig
 
 
@@ -96,7 +96,8 @@ class Retention(Part):
                 kernels=self.kernels,
             )
             return self._score_norm(y_BTNF.to(wide), _both_row_sums(ctx.segment_ids_BT, x_BTD.shape[1], log_N)), None
-        documents = _documents(ctx.segment_ids_BT, state, x_BTD.shape[1])
+        before = (None, None) if state is None else state[1:]
+        documents = documents_of(ctx.segment_ids_BT, x_BTD.shape[1], *before)
         y_BTNF, S_BNHF = decay_attention(
             q_BTNH,
             k_BTNH,
@@ -153,14 +154,6 @@ class Retention(Part):
             size=self.chunk_size,
         )
         return linear_flops(self) + one_way * (1 if self.causal else 2)
-
-
-def _documents(segment_ids_BT: Tensor | None, state: DecayState | None, num_positions: int) -> Documents | None:
-    """The documents of the positions; None = one document from its beginning, and no padding."""
-    if state is not None:
-        segment_ids_BT = continued_segments(segment_ids_BT, state, num_positions)
-        return find_documents(segment_ids_BT, state.segment_B, state.count_B)
-    return None if segment_ids_BT is None else find_documents(segment_ids_BT)
 
 
 def _row_sums(documents: Documents | None, num_positions: int, log_N: Tensor) -> Tensor:

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from graft.config.roles import Role
 from graft.initialization import Rng, normal_
 from graft.ops.activations import ACTIVATIONS
-from graft.ops.documents import Documents
+from graft.ops.documents import Documents, begins, documents_of, nothing_yet
 from graft.ops.linear_scan import linear_scan
 from graft.ops.short_conv import ConvState
 from graft.part import Context, Part, PartOutput, Site, State, linear_flops
 from graft.shapes import Float
-from graft.token_mixers.recurrent_documents import begins, documents_of, nothing_yet
 from graft.token_mixers.rglru_config import RGLRUConfig
 from graft.token_mixers.short_conv import ShortConv
 
@@ -136,7 +135,7 @@ class RGLRU(Part):
 
     def forward(self, x_BTD: Float[Tensor, "B T D"], ctx: Context, state: RGLRUState | None = None) -> PartOutput:
         assert ctx.causal, "the recurrence has one direction"
-        documents = documents_of(x_BTD, ctx.segment_ids_BT, None if state is None else state.segment_B)
+        documents = documents_of(ctx.segment_ids_BT, x_BTD.shape[1], None if state is None else state.segment_B)
         conv_state = None if state is None else state.conv
         u_BTF, conv_state = self.conv(self.x_proj(x_BTD), ctx.segment_ids_BT, conv_state, kernels=self.kernels)
         decay_BTF, added_BTF = self.recurrence(u_BTF, documents)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graft.errors import ConfigError
 from graft.linears.joint import joint_linear
-from graft.ops.documents import Documents, find_documents
+from graft.ops.documents import Documents, documents_of
 from graft.ops.neural_memory_chunk import Memory
 from graft.ops.outside_graphs import outside_graphs
 from graft.ops.prefix_attention import Prefix
@@ -117,13 +117,11 @@ class Titans(Part):
     def _documents(self, x_BTD: Tensor, ctx: Context, state: TitansState | None) -> Documents | None:
         """The documents of the row; None when it is one, from its first token on, and the fast form may know that."""
         segments_BT = ctx.segment_ids_BT
-        if segments_BT is None:
-            if state is None and self.kernels == "auto":
-                return None
+        if state is not None:
+            return documents_of(segments_BT, x_BTD.shape[1], state.segment_B, state.count_B)
+        if segments_BT is None and self.kernels == "reference":
             segments_BT = torch.ones(x_BTD.shape[:2], dtype=torch.int64, device=x_BTD.device)
-        if state is None:
-            return find_documents(segments_BT)
-        return find_documents(segments_BT, state.segment_B, state.count_B)
+        return documents_of(segments_BT, x_BTD.shape[1], None)
 
     def read_memory(
         self, x_BTD: Tensor, ctx: Context, documents: Documents | None, state: TitansState | None
