@@ -7,20 +7,20 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
+from graft.errors import ConfigError
+from graft.initialization import initialize
+from graft.linears.dense_config import DenseConfig
+from graft.network.ends import Head, TokenEmbedding, padded_rows
+from graft.network.sequence import ModelState, positions_in_segments
+from graft.positions.base import TablePosition
+from graft.shapes import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from graft.config.families import LinearConfig
 from graft.config.model import ModelConfig
-from graft.errors import ConfigError
-from graft.initialization import initialize
-from graft.linears.dense_config import DenseConfig
 from graft.network.block import Block, BlockOutput
-from graft.network.ends import Head, TokenEmbedding, padded_rows
-from graft.network.sequence import ModelState, positions_in_segments
-from graft.part import Context, Part, Site, add_sums
-from graft.positions.base import TablePosition
-from graft.shapes import Float, Int
+from graft.part import Context, Part, SharedModules, Site, add_sums
 
 
 class Features(NamedTuple):
@@ -77,14 +77,15 @@ class Model(nn.Module):
         self.vocab_size = vocab_size
         self.execution = Execution()
         num_rows = padded_rows(vocab_size, config.head.pad_vocab_to_multiple_of)
-        layers = config.layers()
+        layers, shared = config.branches(), SharedModules()
         num_branches = config.loops * sum(len(parts) for parts in layers)
         self.embedding = TokenEmbedding(config, num_rows)
         self.layers = nn.ModuleList(
-            Block(parts, config, _site(config, layer_idx, num_branches)) for layer_idx, parts in enumerate(layers)
+            Block(parts, config, _site(config, layer, num_branches, shared)) for layer, parts in enumerate(layers)
         )
         self.final_norm = config.norm.build(config.hidden_size) if config.final_norm else None
         self.head = Head(config, vocab_size, num_rows)
+        self.shared = shared
         self._table_positions = {m.table_key: m for m in self.modules() if isinstance(m, TablePosition)}
         self._runners: list[Callable[..., BlockOutput]] = list(self.blocks())
         self._decoders: list[Callable[..., BlockOutput]] = list(self.blocks())
@@ -288,7 +289,7 @@ class Model(nn.Module):
         return run(x_BTD, ctx)
 
 
-def _site(config: ModelConfig, layer_idx: int, num_branches: int) -> Site:
+def _site(config: ModelConfig, layer_idx: int, num_branches: int, shared: SharedModules) -> Site:
     return Site(
         hidden_size=config.hidden_size,
         layer_idx=layer_idx,
@@ -298,6 +299,7 @@ def _site(config: ModelConfig, layer_idx: int, num_branches: int) -> Site:
         norm=config.norm,
         linear=_linear(config),
         init=config.init,
+        shared=shared,
     )
 
 

@@ -3,20 +3,46 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
+from graft.config.roles import Role
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from graft.config.families import LinearConfig, NormConfig, PartConfig
 from graft.config.model import InitConfig
-from graft.config.roles import Role
 
 State = Any
 """What a part hands to its own next call: a pytree of tensors (and ints). Opaque to everyone else."""
+
+
+class SharedModules(nn.ModuleDict):
+    """Modules that parts of several layers read, by name. The model owns each once; the parts do not register them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._readers: dict[str, list[int]] = {}
+
+    def take(self, name: str, layer_idx: int, make: Callable[[], nn.Module], *, every: int | None = None) -> nn.Module:
+        """The module of a name, made at the first call.
+
+        Args:
+            name: without dots.
+            layer_idx: physical layer of the reader; readers come layer by layer.
+            make: makes it.
+            every: one module for each this many layers that read under the name, consecutive among themselves; they
+                are called ``<name>_0``, ``<name>_1``, …; None = one for all.
+        """
+        readers = self._readers.setdefault(name, [])
+        if layer_idx not in readers:
+            readers.append(layer_idx)
+        key = name if every is None else f"{name}_{readers.index(layer_idx) // every}"
+        if key not in self:
+            self[key] = make()
+        return self[key]
 
 
 @dataclass(frozen=True)
@@ -32,6 +58,7 @@ class Site:
         norm: the model's norm, for parts that norm something inside.
         linear: the model's kind of linear map.
         init: the model's initialisation.
+        shared: what parts of several layers share, owned by the model.
     """
 
     hidden_size: int
@@ -42,9 +69,18 @@ class Site:
     norm: NormConfig
     linear: LinearConfig
     init: InitConfig
+    shared: SharedModules = field(default_factory=SharedModules)
 
     def make_linear(
-        self, in_features: int, out_features: int, *, role: Role, bias: bool = False, residual_output: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        role: Role,
+        bias: bool = False,
+        residual_output: bool = False,
+        init_std: float | None = None,
+        config: LinearConfig | None = None,
     ) -> nn.Module:
         """A linear map of the model's kind: ``y[..., out] = f(x[..., in])``.
 
@@ -54,11 +90,13 @@ class Site:
             role: the weight's role (decides optimizer and decay).
             bias: add a learned bias.
             residual_output: the map writes to the residual stream (gets the depth-scaled start, if configured).
+            init_std: standard deviation of the weight at start, whatever the model's; None = as the model says.
+            config: another kind of map; None = the model's.
         """
-        std = self.init.std
-        if residual_output and self.init.residual == "depth":
+        std = self.init.std if init_std is None else init_std
+        if init_std is None and residual_output and self.init.residual == "depth":
             std /= self.num_branches**0.5
-        return self.linear.build(in_features, out_features, bias=bias, role=role, init_std=std)
+        return (config or self.linear).build(in_features, out_features, bias=bias, role=role, init_std=std)
 
     def make_norm(self, size: int, config: NormConfig | None = None) -> nn.Module:
         """A norm over a last axis of ``size`` channels; the model's kind unless ``config`` is given."""

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from graft.channel_mixers.mlp_config import MlpConfig
-from graft.config.model import ModelConfig
 from graft.initialization import initialize
 from graft.linears.dense_config import DenseConfig
+from torch import Tensor
+
+from graft.config.layers import branch_names
+from graft.config.model import ModelConfig
 from graft.model import build_model
-from graft.network.block import Block, Branch, branch_names
+from graft.network.block import Block, Branch
 from graft.part import Context, Part, PartOutput, Site, State, add_sums, parameter_roles
 
 D = 8
@@ -148,7 +149,7 @@ def test_counts_add_up_over_loops_and_come_back_to_their_part() -> None:
 
 def test_state_sums_and_published_tensors_flow() -> None:
     model = config(norm_placement="pre").replace(blocks={"only": (MlpConfig(intermediate_size=4),) * 2})
-    block = Block(model.blocks["only"], model, site(model))
+    block = Block(model.branches()[0], model, site(model))
     initialize(block, 0)
     first, second = Telltale("first"), Telltale("second")
     block["mlp"].part, block["mlp_2"].part = first, second

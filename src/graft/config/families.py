@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from graft.config.base import Config, Problem, knob
 from graft.config.registry import Family, register, resolve
+
+from graft.config.placement import Layers
 
 
 class VariantConfig(Config):
@@ -72,12 +74,29 @@ class PartConfig(VariantConfig):
     layer_scale: float | None = knob(
         None, "initial value of a learned per-channel factor on the branch's output (CaiT, 2103.17239); null = none"
     )
+    layers: Layers | None = knob(
+        None,
+        "layers of its block the part stands in: {first: 5}, {last: 5}, {every: 3} (counted among them), [0, 4, -1] "
+        "(physical layers), none; null = all. The names and starting weights of other parts stay as they are",
+    )
     norms_inside: ClassVar[bool] = False
     """True for a part that norms what it reads itself: it gets the stream as it is, whatever the placement."""
 
     def problems_in(self, hidden_size: int) -> Iterator[Problem]:
         """Problems that depend on the width of the stream (D) the part reads; the default has none."""
         yield from ()
+
+    def problems_when(self, bidirectional: bool) -> Iterator[Problem]:
+        """Problems that depend on the direction of the model around; the default has none."""
+        yield from ()
+
+    def leaks_future(self, bidirectional: bool) -> bool:
+        """Whether a position reads later ones where it must not: every loss of such a decoder is too good."""
+        return False
+
+    def shares(self) -> Mapping[str, tuple[Any, ...]]:
+        """What the model owns once for all parts that name it alike: name -> all that defines it. Default: nothing."""
+        return {}
 
     def advice_in(self, hidden_size: int) -> Iterator[Problem]:
         """What is valid in a stream of this width (D) but probably not meant (`graft.config.advice`); default: nothing.

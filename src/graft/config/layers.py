@@ -13,14 +13,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from pydantic import ValidationError
-
 from graft.config.base import Problem
 from graft.config.explain import explain
-from graft.config.families import PartConfig
 from graft.config.fields import tag_of
 from graft.config.registry import variants
 from graft.config.tree import dotted
+from pydantic import ValidationError
+
+from graft.config.families import PartConfig
+from graft.config.placement import chosen_layers, placement_problem
 
 if TYPE_CHECKING:
     from graft.config.model import LayerParts, ModelConfig
@@ -116,12 +117,46 @@ def apply_overrides(model: ModelConfig, selector: str, layers: list[LayerParts])
         layers[layer] = tuple(parts)
 
 
-def layers(model: ModelConfig) -> tuple[LayerParts, ...]:
-    """The parts of each physical layer with every override applied, in the order they are written."""
+def branch_names(parts: LayerParts) -> list[str]:
+    """A name per part: its type, numbered from the second of a kind on.
+
+    Names do not depend on what else is in the block, so a layer that gains a part of another kind keeps the names, and
+    with them the initial numbers, of all others.
+    """
+    seen: dict[str, int] = {}
+    names: list[str] = []
+    for part in parts:
+        tag = str(tag_of(type(part)))
+        seen[tag] = seen.get(tag, 0) + 1
+        names.append(tag if seen[tag] == 1 else f"{tag}_{seen[tag]}")
+    return names
+
+
+def branches(model: ModelConfig) -> tuple[dict[str, PartConfig], ...]:
+    """The parts that stand in each physical layer, by branch name, with every override applied in the order written."""
     built = [tuple(model.blocks[name]) for name in model.layer_blocks()]
     for selector in model.overrides:
         apply_overrides(model, selector, built)
-    return tuple(built)
+    own = own_layers(model)
+    chosen: dict[tuple[str, int], frozenset[int]] = {}
+
+    def stands(part: PartConfig, block: str, layer: int) -> bool:
+        if (block, id(part)) not in chosen:
+            chosen[block, id(part)] = chosen_layers(part.layers, own[block], model.num_layers)
+        return layer in chosen[block, id(part)]
+
+    return tuple(
+        {n: p for n, p in zip(branch_names(parts), parts, strict=True) if p.layers is None or stands(p, block, layer)}
+        for layer, (block, parts) in enumerate(zip(model.layer_blocks(), built, strict=True))
+    )
+
+
+def own_layers(model: ModelConfig) -> dict[str, list[int]]:
+    """Block name -> the physical layers that have it."""
+    own: dict[str, list[int]] = {name: [] for name in model.blocks}
+    for layer, name in enumerate(model.layer_blocks()):
+        own[name].append(layer)
+    return own
 
 
 def override_problems(model: ModelConfig) -> Iterator[Problem]:
@@ -134,6 +169,43 @@ def override_problems(model: ModelConfig) -> Iterator[Problem]:
             for reason in error.reasons:
                 yield Problem(("overrides", selector), reason)
     yield from _width_problems(model, built)
+    yield from _placement_problems(model, built)
+    yield from _joint_problems(model, built)
+
+
+def _placement_problems(model: ModelConfig, built: list[LayerParts]) -> Iterator[Problem]:
+    """What is wrong with the ``layers`` of parts."""
+    own, blocks, seen = own_layers(model), model.layer_blocks(), set[tuple[str, int]]()
+    for layer, parts in enumerate(built):
+        for i, part in enumerate(parts):
+            if (blocks[layer], id(part)) in seen:
+                continue
+            seen.add((blocks[layer], id(part)))
+            found = placement_problem(part.layers, own[blocks[layer]], model.num_layers)
+            if found is not None:
+                yield Problem((*_place(model, blocks[layer], i, part), "layers"), *found)
+
+
+def _joint_problems(model: ModelConfig, built: list[LayerParts]) -> Iterator[Problem]:
+    """What parts say about the model's direction, and about what they share with each other."""
+    seen: set[int] = set()
+    shared: dict[str, tuple[Any, ...]] = {}
+    for layer, (block, parts) in enumerate(zip(model.layer_blocks(), built, strict=True)):
+        for i, part in enumerate(parts):
+            if id(part) in seen:
+                continue
+            seen.add(id(part))
+            place = _place(model, block, i, part)
+            for problem in part.problems_when(model.bidirectional):
+                yield Problem((*place, *problem.path), f"layer {layer}: {problem.message}", problem.fix)
+            for name, definition in part.shares().items():
+                if shared.setdefault(name, definition) != definition:
+                    yield Problem(place, f"two parts share '{name}' and define it differently", "name them apart")
+
+
+def _place(model: ModelConfig, block: str, i: int, part: PartConfig) -> tuple[str | int, ...]:
+    """Where a part was written: in its block, or (changed) in the overrides."""
+    return ("blocks", block, i) if part is model.blocks[block][i] else ("overrides",)
 
 
 def _width_problems(model: ModelConfig, built: list[LayerParts]) -> Iterator[Problem]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from graft.config.base import Config, Problem, knob
+
 from graft.config.families import Linear, Norm, NormPlacement, Part, PartConfig, Position, TokenMixerConfig
 
 LayerParts = tuple[PartConfig, ...]
@@ -157,8 +158,17 @@ class ModelConfig(Config):
         period = self._period()
         return period * (self.num_layers // len(period))
 
-    def layers(self) -> tuple[LayerParts, ...]:
-        """The parts of each physical layer, overrides applied."""
-        from graft.config.layers import layers  # the helper needs this class
+    def branches(self) -> tuple[Mapping[str, PartConfig], ...]:
+        """The parts that stand in each physical layer, by branch name, overrides applied."""
+        from graft.config.layers import branches  # the helper needs this class
 
-        return layers(self)
+        return branches(self)
+
+    def layers(self) -> tuple[LayerParts, ...]:
+        """The parts that stand in each physical layer, overrides applied."""
+        return tuple(tuple(named.values()) for named in self.branches())
+
+    @property
+    def leaks_future(self) -> bool:
+        """Whether positions read later ones where they must not (`PartConfig.leaks_future`)."""
+        return any(part.leaks_future(self.bidirectional) for parts in self.layers() for part in parts)

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
+from graft.config.roles import Role
+from graft.initialization import Rng
+from graft.shapes import Float
 from torch import Tensor, nn
 
 from graft.config.families import PartConfig
-from graft.config.model import LayerParts, ModelConfig
-from graft.config.roles import Role
-from graft.initialization import Rng
+from graft.config.model import ModelConfig
 from graft.part import Context, PartOutput, Site, State, add_sums
-from graft.shapes import Float
 
 
 class LayerScale(nn.Module):
@@ -94,33 +94,17 @@ class BlockOutput(NamedTuple):
     usage: dict[str, Tensor]
 
 
-def branch_names(parts: LayerParts) -> list[str]:
-    """A name per part: its type, numbered from the second of a kind on.
-
-    Names do not depend on what else is in the block, so a layer that gains a part of another kind keeps the names, and
-    with them the initial numbers, of all others.
-    """
-    seen: dict[str, int] = {}
-    names: list[str] = []
-    for part in parts:
-        tag: str = part.model_dump()["type"]
-        seen[tag] = seen.get(tag, 0) + 1
-        names.append(tag if seen[tag] == 1 else f"{tag}_{seen[tag]}")
-    return names
-
-
 class Block(nn.ModuleDict):
     """One layer: its branches by name, run in order.
 
     Args:
-        parts: configs of the parts, in order.
+        parts: configs of the parts by branch name, in order.
         model: the model's config.
         site: where the layer stands.
     """
 
-    def __init__(self, parts: LayerParts, model: ModelConfig, site: Site):
-        named = zip(branch_names(parts), parts, strict=True)
-        super().__init__({name: Branch(part, model, site) for name, part in named})
+    def __init__(self, parts: Mapping[str, PartConfig], model: ModelConfig, site: Site):
+        super().__init__({name: Branch(part, model, site) for name, part in parts.items()})
 
     def branches(self) -> Iterator[tuple[str, Branch]]:
         """Names and branches, in order."""

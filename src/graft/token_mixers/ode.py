@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
-from graft.config.families import NormConfig, PartConfig
 from graft.config.roles import MATRIX_ROLES, Role
 from graft.initialization import Rng
 from graft.ops.runge_kutta import TABLEAUS, increment
-from graft.part import Context, Part, PartOutput, Site, State, add_sums
 from graft.shapes import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from graft.config.families import LinearConfig, NormConfig, PartConfig
+from graft.part import Context, Part, PartOutput, Site, State, add_sums
 from graft.token_mixers.ode_config import OdeConfig
 
 Evaluations = list[list[State]]
@@ -26,11 +26,26 @@ class FieldSite(Site):
     """The surroundings of a part inside f, whose hidden matrices have the role "ode"."""
 
     def make_linear(
-        self, in_features: int, out_features: int, *, role: Role, bias: bool = False, residual_output: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        role: Role,
+        bias: bool = False,
+        residual_output: bool = False,
+        init_std: float | None = None,
+        config: LinearConfig | None = None,
     ) -> nn.Module:
         """See `Site.make_linear`."""
-        role = "ode" if role in MATRIX_ROLES else role
-        return super().make_linear(in_features, out_features, role=role, bias=bias, residual_output=residual_output)
+        return super().make_linear(
+            in_features,
+            out_features,
+            role="ode" if role in MATRIX_ROLES else role,
+            bias=bias,
+            residual_output=residual_output,
+            init_std=init_std,
+            config=config,
+        )
 
 
 class NormedPart(nn.Module):

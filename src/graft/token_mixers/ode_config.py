@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
 
 from graft.config.base import Problem, knob
+
 from graft.config.families import Part, PartConfig, TokenMixer, TokenMixerConfig
 
 Solver = Literal["euler", "midpoint", "heun", "rk4"]
@@ -74,3 +75,14 @@ class OdeConfig(TokenMixerConfig):
         for path, part in self._placed_parts():
             for problem in part.problems_in(hidden_size):
                 yield Problem((*path, *problem.path), problem.message, problem.fix)
+
+    def problems_when(self, bidirectional: bool) -> Iterator[Problem]:
+        for path, part in self._placed_parts():
+            for problem in part.problems_when(bidirectional):
+                yield Problem((*path, *problem.path), problem.message, problem.fix)
+
+    def leaks_future(self, bidirectional: bool) -> bool:
+        return any(part.leaks_future(bidirectional) for part in self.parts)
+
+    def shares(self) -> Mapping[str, tuple[Any, ...]]:
+        return {name: definition for part in self.parts for name, definition in part.shares().items()}
