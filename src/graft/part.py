@@ -5,15 +5,17 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
-from graft.config.roles import Role
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from graft.config.families import LinearConfig, NormConfig, PartConfig
 from graft.config.model import InitConfig
+from graft.config.roles import DENSE_ROLES, Role
+from graft.linears.dense_config import DenseConfig
+from graft.linears.packed_ternary import PackedTernary
 
 State = Any
 """What a part hands to its own next call: a pytree of tensors (and ints). Opaque to everyone else."""
@@ -58,6 +60,7 @@ class Site:
         norm: the model's norm, for parts that norm something inside.
         linear: the model's kind of linear map.
         init: the model's initialisation.
+        linears: kinds of linear map by role, which win over ``linear``.
         shared: what parts of several layers share, owned by the model.
     """
 
@@ -69,7 +72,14 @@ class Site:
     norm: NormConfig
     linear: LinearConfig
     init: InitConfig
+    linears: Mapping[Role, LinearConfig] = field(default_factory=dict[Role, LinearConfig])
     shared: SharedModules = field(default_factory=SharedModules)
+
+    def linear_of(self, role: Role) -> LinearConfig:
+        """The kind of the linear maps of a role: what ``model.linears`` says, else dense for `DENSE_ROLES`, else the
+        model's.
+        """
+        return self.linears.get(role) or (DenseConfig() if role in DENSE_ROLES else self.linear)
 
     def make_linear(
         self,
@@ -82,7 +92,7 @@ class Site:
         init_std: float | None = None,
         config: LinearConfig | None = None,
     ) -> nn.Module:
-        """A linear map of the model's kind: ``y[..., out] = f(x[..., in])``.
+        """A linear map of the kind that its role has (`linear_of`): ``y[..., out] = f(x[..., in])``.
 
         Args:
             in_features: channels in.
@@ -96,7 +106,7 @@ class Site:
         std = self.init.std if init_std is None else init_std
         if init_std is None and residual_output and self.init.residual == "depth":
             std /= self.num_branches**0.5
-        return (config or self.linear).build(in_features, out_features, bias=bias, role=role, init_std=std)
+        return (config or self.linear_of(role)).build(in_features, out_features, bias=bias, role=role, init_std=std)
 
     def make_norm(self, size: int, config: NormConfig | None = None) -> nn.Module:
         """A norm over a last axis of ``size`` channels; the model's kind unless ``config`` is given."""
@@ -200,6 +210,18 @@ class Part(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
+@runtime_checkable
+class CountsUpdates(Protocol):
+    """A module, other than a part, that changes with the number of updates made.
+
+    Its count must be a persistent buffer, so that a resumed run goes on where it stood.
+    """
+
+    def count_update(self) -> None:
+        """Called once after each optimizer update that was made."""
+        ...
+
+
 def tensors_of(state: State) -> Iterator[Tensor]:
     """Every tensor in a state."""
     return (leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
@@ -207,7 +229,8 @@ def tensors_of(state: State) -> Iterator[Tensor]:
 
 def linear_flops(module: nn.Module) -> int:
     """2 · weights of every linear map below ``module``: forward FLOPs of one position through each of them once."""
-    return sum(2 * m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+    kinds = (nn.Linear, PackedTernary)
+    return sum(2 * m.in_features * m.out_features for m in module.modules() if isinstance(m, kinds))
 
 
 def parameter_roles(model: nn.Module) -> dict[str, Role]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from graft.config.base import Config, Problem, knob
 
 from graft.config.families import Linear, Norm, NormPlacement, Part, PartConfig, Position, TokenMixerConfig
+from graft.config.roles import Role
 
 LayerParts = tuple[PartConfig, ...]
 
@@ -63,7 +64,7 @@ class LayoutRun(Config):
 class ModelConfig(Config):
     """A network: embedding, ``num_layers`` layers of parts (run ``loops`` times), final norm, head."""
 
-    removable: ClassVar[tuple[str, ...]] = ("blocks", "overrides")
+    removable: ClassVar[tuple[str, ...]] = ("blocks", "overrides", "linears")
 
     vocab_size: int | None = knob(None, "rows of the embedding; null = the tokenizer's size", ge=2)
     hidden_size: int = knob(doc="width of the residual stream (D)", ge=1)
@@ -89,7 +90,11 @@ class ModelConfig(Config):
     )
     head: HeadConfig = knob(doc="output head", factory=HeadConfig)
     init: InitConfig = knob(doc="initialisation", factory=InitConfig)
-    linear: Linear | None = knob(None, "kind of the linear maps inside parts; null = dense")
+    linear: Linear | None = knob(None, "kind of the linear maps inside parts, routers aside; null = dense")
+    linears: Mapping[Role, Linear] = knob(
+        doc="kind by the role of the map, before linear: {mlp: {type: low_rank, rank: 64}}; routers only through this",
+        factory=dict,
+    )
 
     def problems(self) -> Iterator[Problem]:
         for name, parts in self.blocks.items():

@@ -31,6 +31,10 @@ ROLES: tuple[Role, ...] = get_args(Role)
 NO_DECAY: frozenset[Role] = frozenset({"norm", "bias", "scalar", "memory_bank", "expert_table"})
 """Roles without weight decay unless a config says otherwise."""
 
+DENSE_ROLES: frozenset[Role] = frozenset({"router"})
+"""Roles whose linear maps stay dense, in full precision, unless ``model.linears`` names them: a router's choices jump
+with small changes of its scores."""
+
 MATRIX_ROLES: frozenset[Role] = frozenset(
     {"attention", "mlp", "retention", "mamba", "ode", "titans", "recurrence", "expert", "memory_layer", "lora", "other"}
 )

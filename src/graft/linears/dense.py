@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from graft.config.families import LinearConfig
 from graft.config.roles import Role
 from graft.initialization import Rng, normal_
-from graft.linears.dense_config import DenseConfig
 from graft.ops.one_row import linear
 
 
@@ -23,7 +23,7 @@ class Dense(nn.Linear):
     """
 
     def __init__(
-        self, config: DenseConfig, in_features: int, out_features: int, *, bias: bool, role: Role, init_std: float
+        self, config: LinearConfig, in_features: int, out_features: int, *, bias: bool, role: Role, init_std: float
     ):
         super().__init__(in_features, out_features, bias=bias)
         self.config = config

@@ -1,0 +1,140 @@
+"""Ternary weights and 8-bit activations: quantisers, their straight-through forms, two-bit packing and its product."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SMALLEST = 1e-5
+"""Means and maxima below this count as this, so that zeros stay zeros."""
+
+PER_BYTE = 4
+"""Ternary codes in a byte."""
+
+
+class Quantised(NamedTuple):
+    """``codes · scale`` stands for a tensor.
+
+    Args:
+        codes: whole numbers in a floating dtype (fp32 or wider).
+        scale: factors, of a shape that broadcasts.
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+    def value(self, dtype: torch.dtype) -> Tensor:
+        """What the codes stand for."""
+        return (self.codes * self.scale).to(dtype)
+
+
+def ternary(weight: Tensor) -> Quantised:
+    """Codes −1, 0, 1 and one scale per matrix: ``round_clip(W / s, −1, 1)``, ``s = mean |W|`` (2402.17764, eqs. 1-3).
+
+    Args:
+        weight: [..., out, in]; leading axes are a batch of matrices (experts), each with a scale of its own.
+
+    Returns:
+        codes [..., out, in], scale [..., 1, 1].
+    """
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    scale = wide.abs().mean(dim=(-2, -1), keepdim=True).clamp(min=SMALLEST)
+    return Quantised((wide / scale).round().clamp(-1, 1), scale)
+
+
+def int8_rows(x: Tensor) -> Quantised:
+    """Codes −127 … 127 and one scale per row of the last axis, its largest absolute value over 127.
+
+    Args:
+        x: [..., in].
+
+    Returns:
+        codes [..., in], scale [..., 1].
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = wide.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST) / 127
+    return Quantised((wide / scale).round().clamp(-127, 127), scale)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """``x`` moved ``share`` of the way to its quantised value; the gradient passes as if nothing had happened."""
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor, share: Tensor | None, kind: Literal["ternary", "int8"]) -> Tensor:
+        quantised = ternary(x) if kind == "ternary" else int8_rows(x)
+        if share is None:
+            return quantised.value(x.dtype)
+        wide = x.to(quantised.codes.dtype)  # lerp gives its ends exactly
+        return torch.lerp(wide, quantised.value(wide.dtype), share.to(wide.dtype)).to(x.dtype)
+
+    @staticmethod
+    def backward(_ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grads[0], None, None
+
+
+def fake_ternary(weight: Tensor, share: Tensor | None = None) -> Tensor:
+    """The value of `ternary`, with the gradient of the identity (straight-through estimator, 1308.3432).
+
+    Args:
+        weight: [..., out, in], one matrix or a batch of them.
+        share: scalar λ in [0, 1]: ``(1 − λ) · weight + λ · quantised``, exact at both ends; None = 1.
+    """
+    return _StraightThrough.apply(weight, share, "ternary")  # pyright: ignore[reportReturnType]
+
+
+def fake_int8_rows(x: Tensor, share: Tensor | None = None) -> Tensor:
+    """The value of `int8_rows`, with the gradient of the identity; ``share`` as in `fake_ternary`."""
+    return _StraightThrough.apply(x, share, "int8")  # pyright: ignore[reportReturnType]
+
+
+def pack_codes(codes: Tensor) -> Tensor:
+    """Ternary codes [..., in] as bytes [..., ceil(in / 4)], two bits each; `unpack_codes` is exact.
+
+    Byte j holds the codes j, j + n, j + 2n and j + 3n (n bytes), lowest bits first, so that unpacking writes four long
+    runs.
+    """
+    num_bytes = -(-codes.shape[-1] // PER_BYTE)
+    digits = F.pad((codes + 1).to(torch.uint8), (0, num_bytes * PER_BYTE - codes.shape[-1]))
+    runs = digits.unflatten(-1, (PER_BYTE, num_bytes)).unbind(-2)
+    packed = runs[0].clone()
+    for place, run in enumerate(runs[1:], start=1):
+        packed |= run << (2 * place)
+    return packed
+
+
+def unpack_codes(packed: Tensor, columns: int) -> Tensor:
+    """int8 codes [..., columns] of `pack_codes`."""
+    runs = [((packed >> (2 * place)) & 3).to(torch.int8) for place in range(PER_BYTE)]
+    return torch.cat(runs, dim=-1)[..., :columns] - 1
+
+
+def packed_linear_reference(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """``quantised(x) Wᵀ + b`` with W unpacked to the dtype of x: what `fake_int8_rows` and `fake_ternary` give.
+
+    Args:
+        x: [..., in].
+        packed: [out, ceil(in / 4)].
+        scale: [1, 1].
+        bias: [out] or None.
+    """
+    codes = unpack_codes(packed, x.shape[-1]).to(scale.dtype)
+    return F.linear(int8_rows(x).value(x.dtype), Quantised(codes, scale).value(x.dtype), bias)
+
+
+def packed_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`packed_linear_reference` by a product of whole numbers, exact before the scales; arguments as there.
+
+    On a CPU the codes stay int8; elsewhere they are multiplied as fp32, whose sums of such codes are exact too.
+    """
+    rows = int8_rows(x.flatten(0, -2))
+    codes = unpack_codes(packed, x.shape[-1])
+    if x.device.type == "cpu":
+        sums = torch._int_mm(rows.codes.to(torch.int8), codes.T)
+    else:
+        sums = rows.codes @ codes.T.to(rows.codes.dtype)
+    y = sums.to(rows.scale.dtype) * (rows.scale * scale.to(rows.scale.dtype))
+    y = y if bias is None else y + bias
+    return y.to(x.dtype).unflatten(0, x.shape[:-1])
