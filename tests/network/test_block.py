@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from graft.channel_mixers.mlp_config import MlpConfig
-from graft.initialization import initialize
-from graft.linears.dense_config import DenseConfig
 from torch import Tensor
 
+from graft.channel_mixers.mlp_config import MlpConfig
 from graft.config.layers import branch_names
 from graft.config.model import ModelConfig
+from graft.initialization import initialize
+from graft.linears.dense_config import DenseConfig
 from graft.model import build_model
 from graft.network.block import Block, Branch
 from graft.part import Context, Part, PartOutput, Site, State, add_sums, parameter_roles

@@ -33,25 +33,25 @@ IDS, POSITIONS = torch.tensor([[3, 3, 0], [10, 1, 3]]), torch.tensor([[0, 1, 2],
 @pytest.mark.parametrize(("scale", "factor"), [("none", 1.0), ("sqrt_hidden_size", 4.0), (0.25, 0.25)])
 def test_scale(scale: str | float, factor: float) -> None:
     module = embedding(scale=scale)
-    torch.testing.assert_close(module(IDS, POSITIONS), module.weight[IDS] * factor)
+    torch.testing.assert_close(module(IDS, POSITIONS)[0], module.weight[IDS] * factor)
 
 
 def test_positions_then_norm() -> None:
     module = embedding(scale=3.0, position={"type": "learned", "max_seq_len": 5}, norm={"type": "layer_norm"})
     expected = module.norm(3.0 * module.weight[IDS] + module.position.weight[POSITIONS])
-    torch.testing.assert_close(module(IDS, POSITIONS), expected)
+    torch.testing.assert_close(module(IDS, POSITIONS)[0], expected)
     assert parameter_roles(module)["position.weight"] == "embedding"
 
 
 def test_no_position_adds_nothing() -> None:
     module = embedding(position={"type": "none"})
-    assert torch.equal(module(IDS, POSITIONS), embedding()(IDS, POSITIONS))
+    assert torch.equal(module(IDS, POSITIONS)[0], embedding()(IDS, POSITIONS)[0])
 
 
 def test_dropout_acts_in_training_only() -> None:
     module = embedding(dropout=0.5)
-    assert (module(IDS, POSITIONS) == 0).any()
-    assert not (module.eval()(IDS, POSITIONS) == 0).any()
+    assert (module(IDS, POSITIONS)[0] == 0).any()
+    assert not (module.eval()(IDS, POSITIONS)[0] == 0).any()
 
 
 def test_embedding_std() -> None:

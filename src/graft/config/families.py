@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from graft.config.base import Config, Problem, knob
-from graft.config.registry import Family, register, resolve
-
 from graft.config.placement import Layers
+from graft.config.registry import Family, register, resolve
 
 
 class VariantConfig(Config):
@@ -59,15 +58,17 @@ Position = Annotated[PositionConfig, Family("position")]
 Linear = Annotated[LinearConfig, Family("linear")]
 
 NormPlacement = Literal["pre", "post", "sandwich", "output"]
+_WITH_NORM = {"norm_placement": (None, *get_args(NormPlacement))}
 
 
 class PartConfig(VariantConfig):
     """Anything that joins the residual stream. The fields here describe the branch around it, equal for all parts."""
 
-    norm: Norm | None = knob(None, "norm of this branch; null = model.norm")
-    norm_placement: NormPlacement | None = knob(
+    norm: Norm | None = knob(None, "norm of this branch; null = model.norm", only_if=_WITH_NORM)
+    norm_placement: NormPlacement | Literal["none"] | None = knob(
         None,
-        "pre: x + f(n(x)); post: n(x + f(x)); sandwich: x + n2(f(n1(x))); output: x + n(f(x)); null = model's",
+        "pre: x + f(n(x)); post: n(x + f(x)); sandwich: x + n2(f(n1(x))); output: x + n(f(x)); none: x + f(x), as in "
+        "ModernBERT's first layer, whose input is normed already; null = model's",
     )
     residual_dropout: float = knob(0.0, "dropout rate on the branch's output, in [0, 1)", ge=0.0, lt=1.0)
     residual_scale: float | None = knob(None, "constant factor on the branch's output; null = model.residual_scale")

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from graft.config.base import Config, Problem, knob
-
-from graft.config.families import Linear, Norm, NormPlacement, Part, PartConfig, Position, TokenMixerConfig
+from graft.config.ends import EmbeddingConfig, HeadConfig
+from graft.config.families import Linear, Norm, NormPlacement, Part, PartConfig, TokenMixerConfig
 from graft.config.roles import Role
 
 LayerParts = tuple[PartConfig, ...]
@@ -20,37 +20,6 @@ class InitConfig(Config):
     embedding_std: float | None = knob(None, "standard deviation of the embedding table; null = std", gt=0.0)
     residual: Literal["none", "depth"] = knob(
         "none", "depth: matrices that write to the residual stream get std / sqrt(number of residual branches)"
-    )
-
-
-class EmbeddingConfig(Config):
-    """Token ids to vectors."""
-
-    scale: Literal["none", "sqrt_hidden_size"] | float = knob(
-        "none", "factor on the embedding's output; sqrt_hidden_size is Gemma's"
-    )
-    norm: Norm | None = knob(None, "norm on the embedding's output (BERT); null = none")
-    dropout: float = knob(0.0, "dropout rate on the embedding's output, in [0, 1)", ge=0.0, lt=1.0)
-    position: Position | None = knob(None, "position vectors added to the embeddings, e.g. {type: learned}")
-
-    def problems(self) -> Iterator[Problem]:
-        if self.position is not None and self.position.acts_in == "attention":
-            tag = getattr(self.position, "type", "")
-            yield Problem(
-                ("position",), f"{tag} acts inside attention, not on embeddings", "set it on the attention part"
-            )
-
-
-class HeadConfig(Config):
-    """Vectors to logits."""
-
-    tie_word_embeddings: bool = knob(True, "the head's matrix is the embedding table")
-    logit_softcap: float | None = knob(
-        None, "logits become c·tanh(logits/c) (Gemma 2, 2408.00118); null = none", gt=0.0
-    )
-    bias: bool = knob(False, "add a learned bias to the logits")
-    pad_vocab_to_multiple_of: int = knob(
-        1, "round the table's rows up to a multiple (64 suits matrix units); padded rows are never predicted", ge=1
     )
 
 
@@ -103,6 +72,7 @@ class ModelConfig(Config):
             if self.bidirectional:
                 yield from self._causal_only(name, parts)
             yield from self._width_problems(name, parts)
+        yield from self._end_problems()
         found = list(self._layout_problems())
         yield from found
         if not found:
@@ -112,6 +82,12 @@ class ModelConfig(Config):
         for i, part in enumerate(parts):
             for problem in part.problems_in(self.hidden_size):
                 yield Problem(("blocks", name, i, *problem.path), problem.message, problem.fix)
+
+    def _end_problems(self) -> Iterator[Problem]:
+        for problem in self.embedding.problems_in(self.hidden_size):
+            yield Problem(("embedding", *problem.path), problem.message, problem.fix)
+        for problem in self.head.problems_with(self.embedding, self.hidden_size):
+            yield Problem(("head", *problem.path), problem.message, problem.fix)
 
     def _causal_only(self, name: str, parts: LayerParts) -> Iterator[Problem]:
         for i, part in enumerate(parts):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from graft.config.experiment import Experiment
-from graft.cost.counts import parameters_by_part, parameters_by_role, part_costs
+from graft.cost.counts import embedding_state_bytes, parameters_by_part, parameters_by_role, part_costs
 from graft.cost.memory import MemoryBytes, training_memory
 from graft.cost.report import CostReport, FlopsPerToken, Parameters, human_bytes
 from graft.errors import ConfigError
 from graft.model import Model
 from graft.training.memory import smaller_micro_batch
 from graft.training.runtime import memory_limit_bytes
-from graft.training.throughput import forward_flops_per_token, head_flops
+from graft.training.throughput import ends_flops_per_token, forward_flops_per_token
 
 _TIGHT = 0.9
 """Share of the machine's memory above which a warning is due: the interpreter and other programs need room too."""
@@ -67,14 +67,15 @@ def price(experiment: Experiment, vocab_size: int | None = None) -> CostReport:
     seq_len = experiment.data.seq_len
     with torch.device("meta"):
         model = Model(experiment.model, vocab_size)
-    parts = part_costs(model, seq_len, torch.float32 if experiment.precision == "fp32" else torch.bfloat16)
+    state_dtype = torch.float32 if experiment.precision == "fp32" else torch.bfloat16
+    parts = part_costs(model, seq_len, state_dtype)
     total = sum(p.numel() for p in model.parameters())
     forward = forward_flops_per_token(model, seq_len)
     checkpointed = experiment.runtime.activation_checkpointing == "block"
     tokens = experiment.max_steps * experiment.tokens_per_step
     memory = training_memory(experiment, vocab_size)
     limit = memory_limit_bytes()
-    state_bytes = sum(part.state_bytes for part in parts)
+    state_bytes = embedding_state_bytes(model, state_dtype) + sum(part.state_bytes for part in parts)
     return CostReport(
         name=experiment.name,
         vocab_size=vocab_size,
@@ -90,7 +91,7 @@ def price(experiment: Experiment, vocab_size: int | None = None) -> CostReport:
         flops_per_token=FlopsPerToken(
             forward=forward,
             backward=2 * forward,
-            recomputed=forward - head_flops(model) if checkpointed else 0.0,
+            recomputed=forward - ends_flops_per_token(model) if checkpointed else 0.0,
         ),
         memory_bytes=memory,
         state_bytes_per_token=state_bytes / seq_len,

@@ -11,7 +11,7 @@ from torch import nn
 
 from graft.config.roles import Role
 from graft.model import Model
-from graft.part import Part, parameter_roles
+from graft.part import Part, parameter_roles, tensors_of
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,14 @@ def part_costs(model: Model, seq_len: int, state_dtype: torch.dtype) -> list[Par
         )
         for name, part in outermost_parts(model)
     ]
+
+
+def embedding_state_bytes(model: Model, dtype: torch.dtype) -> int:
+    """Decode state of the embedding's convolution, per sequence; 0 in an encoder, which has no decode state."""
+    if model.config.bidirectional:
+        return 0
+    state = model.embedding.init_state(1, device=torch.device("meta"), dtype=dtype)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(state))
 
 
 def parameters_by_role(model: Model) -> dict[Role, int]:

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
-from graft.config.roles import Role
-from graft.initialization import Rng
-from graft.shapes import Float
 from torch import Tensor, nn
 
 from graft.config.families import PartConfig
 from graft.config.model import ModelConfig
+from graft.config.roles import Role
+from graft.initialization import Rng
 from graft.part import Context, PartOutput, Site, State, add_sums
+from graft.shapes import Float
 
 
 class LayerScale(nn.Module):
@@ -41,6 +41,7 @@ class Branch(nn.Module):
     - post: ``n(x + f(x))`` (1706.03762)
     - sandwich: ``x + scale · layer_scale ⊙ dropout(n2(part(n(x))))`` (Gemma 2)
     - output: ``x + scale · layer_scale ⊙ dropout(n2(part(x)))`` (OLMo 2)
+    - none: ``x + f(x)``
 
     A part with ``norms_inside`` reads x itself in all of them.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from graft.errors import ConfigError
+from graft.ops.short_conv import ConvState
 from graft.part import State
 from graft.shapes import Int
 
@@ -39,12 +40,14 @@ class ModelState:
         max_len: positions there is room for, padding included.
         length: positions seen so far, padding included.
         next_position_B: position of each row's next token, if its document goes on.
+        embedding: what the embedding's convolution carries; None without one.
         segment_B: document of each row's last token; None while no call has given segment ids: all is document 1.
     """
 
     branches: list[list[dict[str, State]]]
     max_len: int
     next_position_B: Tensor
+    embedding: ConvState | None = None
     length: int = 0
     segment_B: Tensor | None = None
 

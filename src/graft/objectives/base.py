@@ -55,7 +55,7 @@ def predict(
     """Cross-entropy of the model's head on features, the way the model's runtime settings say."""
     execution = model.execution
     return linear_cross_entropy(
-        x_BTD.flatten(0, 1),
+        model.head_features(x_BTD).flatten(0, 1),
         model.head_weight(),
         targets_BT.flatten(),
         bias_V=model.head.bias,

@@ -31,6 +31,25 @@ def empty_conv_state(
     return ConvState(inputs_BJD, torch.zeros((batch_size, width - 1), device=device, dtype=torch.int64))
 
 
+def behind_state(x_BTD: Tensor, segment_ids_BT: Tensor | None, state: ConvState) -> tuple[Tensor, Tensor, ConvState]:
+    """What ``state`` has seen followed by the T positions that continue it, and the state after the last of them.
+
+    Args:
+        x_BTD: inputs.
+        segment_ids_BT: document numbers, 0 = padding; None = one document (number 1) and no padding.
+        state: the J inputs before.
+
+    Returns:
+        Inputs and document numbers of J + T positions, and the state after the last.
+    """
+    if segment_ids_BT is None:
+        segment_ids_BT = state.segments_BJ.new_ones(x_BTD.shape[:2])
+    x_BSD = torch.cat((state.inputs_BJD.to(x_BTD.dtype), x_BTD), dim=1)
+    segments_BS = torch.cat((state.segments_BJ, segment_ids_BT.to(state.segments_BJ.dtype)), dim=1)
+    T = x_BTD.shape[1]
+    return x_BSD, segments_BS, ConvState(x_BSD[:, T:].to(state.inputs_BJD.dtype), segments_BS[:, T:])
+
+
 def causal_conv(
     x_BTD: Float[Tensor, "B T D"],
     weight_DK: Float[Tensor, "D K"],
@@ -58,12 +77,7 @@ def causal_conv(
     """
     width = weight_DK.shape[1]
     if state is not None:
-        if segment_ids_BT is None:
-            segment_ids_BT = state.segments_BJ.new_ones(x_BTD.shape[:2])
-        x_BTD = torch.cat((state.inputs_BJD.to(x_BTD.dtype), x_BTD), dim=1)
-        segment_ids_BT = torch.cat((state.segments_BJ, segment_ids_BT.to(state.segments_BJ.dtype)), dim=1)
-        start = x_BTD.shape[1] - (width - 1)
-        state = ConvState(x_BTD[:, start:].to(state.inputs_BJD.dtype), segment_ids_BT[:, start:])
+        x_BTD, segment_ids_BT, state = behind_state(x_BTD, segment_ids_BT, state)
     form = reference_conv if kernels == "reference" else shifted_conv
     y_BTD = form(x_BTD, weight_DK, bias_D, segment_ids_BT, ahead=0)
     return (y_BTD if state is None else y_BTD[:, width - 1 :]), state

@@ -19,18 +19,18 @@ def outer_parts(module: nn.Module) -> Iterator[Part]:
             yield from outer_parts(child)
 
 
-def head_flops(model: Model) -> int:
-    """Forward FLOPs of the head per position: 2·D·V, padded rows included because they are computed."""
-    return 2 * model.head_weight().numel()
+def ends_flops_per_token(model: Model) -> int:
+    """Matrix-product FLOPs of the embedding and the head per position."""
+    return model.embedding.flops_per_token() + model.head_flops_per_token()
 
 
 def forward_flops_per_token(model: Model, seq_len: int) -> float:
     """Matrix-product FLOPs of one forward pass per position of a document of ``seq_len`` (multiply and add = 2).
 
-    Every part (once per loop, visible pairs only) and the head; the embedding's look-up costs none.
+    Every part (once per loop, visible pairs only) and both ends.
     """
     parts = model.config.loops * sum(part.flops_per_token(seq_len) for part in outer_parts(model))
-    return parts + head_flops(model)
+    return parts + ends_flops_per_token(model)
 
 
 def flops_per_token(model: Model, seq_len: int) -> float:
