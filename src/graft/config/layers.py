@@ -13,15 +13,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from graft.config.base import Problem
-from graft.config.explain import explain
-from graft.config.fields import tag_of
-from graft.config.registry import variants
-from graft.config.tree import dotted
 from pydantic import ValidationError
 
+from graft.config.base import Problem
+from graft.config.explain import explain
 from graft.config.families import PartConfig
+from graft.config.fields import tag_of
 from graft.config.placement import chosen_layers, placement_problem
+from graft.config.registry import variants
+from graft.config.tree import dotted
 
 if TYPE_CHECKING:
     from graft.config.model import LayerParts, ModelConfig

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from graft.config.roles import MATRIX_ROLES, Role
-from graft.initialization import Rng
-from graft.ops.runge_kutta import TABLEAUS, increment
-from graft.shapes import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from graft.config.families import LinearConfig, NormConfig, PartConfig
+from graft.config.roles import MATRIX_ROLES, Role
+from graft.initialization import Rng
+from graft.ops.runge_kutta import TABLEAUS, increment
 from graft.part import Context, Part, PartOutput, Site, State, add_sums
+from graft.shapes import Float
 from graft.token_mixers.ode_config import OdeConfig
 
 Evaluations = list[list[State]]

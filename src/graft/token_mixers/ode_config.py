@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from graft.config.base import Problem, knob
-
 from graft.config.families import Part, PartConfig, TokenMixer, TokenMixerConfig
 
 Solver = Literal["euler", "midpoint", "heun", "rk4"]
