@@ -7,21 +7,21 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
-from graft.errors import ConfigError
-from graft.initialization import initialize
-from graft.linears.dense_config import DenseConfig
-from graft.network.ends import Head, TokenEmbedding, padded_rows
-from graft.network.sequence import ModelState, positions_in_segments
-from graft.positions.base import TablePosition
-from graft.shapes import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from graft.config.families import LinearConfig
 from graft.config.model import ModelConfig
 from graft.config.roles import ROLES
+from graft.errors import ConfigError
+from graft.initialization import initialize
+from graft.linears.dense_config import DenseConfig
 from graft.network.block import Block, BlockOutput
+from graft.network.ends import Head, TokenEmbedding, padded_rows
+from graft.network.sequence import ModelState, positions_in_segments
 from graft.part import Context, CountsUpdates, Part, SharedModules, Site, add_sums
+from graft.positions.base import TablePosition
+from graft.shapes import Float, Int
 
 
 class Features(NamedTuple):
@@ -82,7 +82,8 @@ class Model(nn.Module):
         num_branches = config.loops * sum(len(parts) for parts in layers)
         self.embedding = TokenEmbedding(config, num_rows)
         self.layers = nn.ModuleList(
-            Block(parts, config, _site(config, layer, num_branches, shared)) for layer, parts in enumerate(layers)
+            Block(parts, config, _site(config, layer_idx, num_branches, shared))
+            for layer_idx, parts in enumerate(layers)
         )
         self.final_norm = config.norm.build(config.hidden_size) if config.final_norm else None
         self.head = Head(config, vocab_size, num_rows)
@@ -126,6 +127,7 @@ class Model(nn.Module):
             "loss_chunk_bytes": loss_chunk_bytes,
         }
         self.execution = replace(self.execution, **{name: value for name, value in given.items() if value is not None})
+        self.embedding.kernels = self.execution.kernels
         for part in self.parts():
             part.kernels = self.execution.kernels
             part.checkpointing = self.execution.activation_checkpointing
@@ -167,7 +169,8 @@ class Model(nn.Module):
             segment_ids_BT = state.continue_segments(segment_ids_BT, input_ids_BT.shape[1])
         if positions_BT is None:
             positions_BT = _positions(input_ids_BT, segment_ids_BT, state)  # one row when all rows are alike
-        x_BTD = self.embedding(input_ids_BT, positions_BT)
+        carried = None if state is None else state.embedding
+        x_BTD, carried = self.embedding(input_ids_BT, positions_BT, segment_ids_BT, carried)
         ctx = Context(
             token_ids_BT=input_ids_BT,
             positions_BT=positions_BT.expand(input_ids_BT.shape),
@@ -177,16 +180,34 @@ class Model(nn.Module):
         )
         x_BTD, aux, usage = self._run_layers(x_BTD, ctx, state)
         if state is not None:
+            state.embedding = carried
             state.advance(positions_BT, segment_ids_BT)
         return Features(x_BTD if self.final_norm is None else self.final_norm(x_BTD), state, aux, usage)
 
     def logits(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
         """The head on features: soft-capped, fp32, over the vocabulary without padding rows."""
-        return self.head(x_BTD, self.head_weight())
+        return self.head(x_BTD, self.head_weight(), self._head_projection())
+
+    def head_features(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T R"]:
+        """What meets `head_weight`, for a loss that takes the vocabulary in pieces (see `Head.features`)."""
+        return self.head.features(x_BTD, self._head_projection())
 
     def head_weight(self) -> Tensor:
-        """[V padded, D]: the head's matrix, which is the embedding table when tied."""
+        """[V padded, R]: the head's matrix, which is the embedding table when tied; R = D unless one is factorised."""
         return self.embedding.weight if self.head.weight is None else self.head.weight
+
+    def head_flops_per_token(self) -> int:
+        """Forward FLOPs of the head per position: its matrices, padded rows included because they are computed."""
+        transform, projection = self.head.transform, self._head_projection()
+        matrices = [self.head_weight(), None if transform is None else transform.weight, projection]
+        return sum(2 * matrix.numel() for matrix in matrices if matrix is not None)
+
+    def _head_projection(self) -> Tensor | None:
+        """[D, R], where the head is tied to a table narrower than its features."""
+        if self.head.weight is not None or self.embedding.weight.shape[1] == self.head.width:
+            return None
+        assert self.embedding.projection is not None, "only a factorised table is narrower than the stream"
+        return self.embedding.projection.weight
 
     def init_state(self, batch_size: int, max_len: int, *, dtype: torch.dtype | None = None) -> ModelState:
         """The state before the first token, for up to ``max_len`` tokens per sequence, padding included.
@@ -218,7 +239,12 @@ class Model(nn.Module):
             ]
             for _ in range(self.config.loops)
         ]
-        return ModelState(branches, max_len, torch.zeros(batch_size, dtype=torch.int64, device=weight.device))
+        return ModelState(
+            branches,
+            max_len,
+            torch.zeros(batch_size, dtype=torch.int64, device=weight.device),
+            self.embedding.init_state(batch_size, device=weight.device, dtype=dtype),
+        )
 
     def decode(
         self,
@@ -245,7 +271,7 @@ class Model(nn.Module):
         features = self.features(input_ids_BS, segment_ids_BT=segment_ids_BS, state=state)
         x_BTD = features.x_BTD[:, -1:] if last_only else features.x_BTD
         head = self._decoding_head if input_ids_BS.shape[1] == 1 else self.head
-        return head(x_BTD, self.head_weight()), state
+        return head(x_BTD, self.head_weight(), self._head_projection()), state
 
     def _tables(self, positions_BT: Tensor) -> dict[str, tuple[Tensor, ...]]:
         """What position modules compute from positions alone, once for all layers with equal keys."""
