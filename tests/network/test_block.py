@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from graft.channel_mixers.mlp_config import MlpConfig
@@ -67,6 +68,14 @@ def test_sandwich() -> None:
 def test_output() -> None:
     module, x = branch(config(norm_placement="output")), torch.randn(2, 3, D)
     torch.testing.assert_close(run(module, x), x + module.output_norm(part(module, x)))
+
+
+def test_no_norm() -> None:
+    module, x = branch(config({"norm_placement": "none", "residual_scale": 0.5})), torch.randn(2, 3, D)
+    torch.testing.assert_close(run(module, x), x + 0.5 * part(module, x))
+    assert not any("norm" in name for name, _ in module.named_parameters())
+    with pytest.raises(ValidationError, match="norm does nothing here"):
+        config({"norm_placement": "none", "norm": {"type": "layer_norm"}})
 
 
 def test_scale_and_layer_scale() -> None:
