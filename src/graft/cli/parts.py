@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,6 +22,12 @@ def parts(
         list[str] | None, typer.Option(help="Module that registers variants of your own (repeatable).")
     ] = None,
     as_json: Json = False,
+    markdown: Annotated[
+        bool, typer.Option(help="Print the page docs/parts.md: every part at one shape, with its cost.")
+    ] = False,
+    measured: Annotated[
+        Path | None, typer.Option(help="With --markdown: speeds, as `python -m benchmarks parts_table` writes them.")
+    ] = None,
 ) -> None:
     """List the variants of every family, or the fields of one."""
     from graft.config.describe import all_variants, matching
@@ -28,6 +35,11 @@ def parts(
     from graft.errors import ConfigError
 
     load_plugins(tuple(plugin or ()))
+    if markdown:
+        _print_page(measured, other_arguments=name is not None or as_json)
+        return
+    if measured is not None:
+        raise ConfigError("--measured adds columns to the page", fix="give --markdown as well")
     found = all_variants() if name is None else matching(name)
     if not found:
         from difflib import get_close_matches
@@ -43,6 +55,25 @@ def parts(
     else:
         for variant in found:
             _print_fields(variant)
+
+
+def _print_page(measured: Path | None, *, other_arguments: bool) -> None:
+    from graft.cost.parts_table import Measured, parts_markdown
+    from graft.errors import ConfigError
+
+    if other_arguments:
+        raise ConfigError("--markdown prints one page of all parts", fix="leave out the name and --json")
+    speeds = None
+    if measured is not None:
+        try:
+            speeds = Measured.from_json(measured.read_text(encoding="utf-8"))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"no speeds can be read: {error}",
+                where=str(measured),
+                expected="what `python -m benchmarks parts_table` writes",
+            ) from error
+    typer.echo(parts_markdown(speeds), nl=False)
 
 
 def _print_list(found: list[VariantDoc]) -> None:
