@@ -1,0 +1,100 @@
+"""Many feed-forward networks of one shape, of which each position goes through a few."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from graft.channel_mixers.moe_config import MoeConfig
+from graft.config.roles import Role
+from graft.initialization import Rng, normal_
+from graft.ops.activations import ACTIVATIONS
+from graft.ops.grouped_linear import grouped_linear
+from graft.ops.routing import Slots, collect, sort_slots, spread
+from graft.part import Site
+from graft.shapes import Float, Int
+
+
+class ExpertLinear(nn.Module):
+    """``y = W_e x + b_e``, a matrix per expert, over rows sorted by expert. W starts normal, b at zero.
+
+    The only place where experts' matrices are used: what is to be done to all of them is done here.
+
+    Args:
+        num_experts: matrices (E).
+        in_features: channels in.
+        out_features: channels out.
+        bias: add b.
+        init_std: standard deviation of W at start.
+    """
+
+    role: Role = "expert"
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int, *, bias: bool, init_std: float):
+        super().__init__()
+        self.init_std = init_std
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(num_experts, out_features)) if bias else None
+
+    def init_parameters(self, rng: Rng) -> None:
+        normal_(self.weight, self.init_std, rng("weight"))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(
+        self, x_MD: Float[Tensor, "M in"], slots: Slots, kernels: Literal["auto", "reference"]
+    ) -> Float[Tensor, "M out"]:
+        y_MD = grouped_linear(x_MD, self.weight, slots.ends_E, kernels=kernels)
+        if self.bias is None:
+            return y_MD
+        return y_MD + self.bias.index_select(0, slots.expert_M).to(y_MD.dtype)
+
+
+class Experts(nn.Module):
+    """Σ over a position's experts of weight · network(x), each network as in `graft.channel_mixers.mlp`.
+
+    Args:
+        config: sizes and kind of the networks.
+        site: where they stand.
+    """
+
+    def __init__(self, config: MoeConfig, site: Site):
+        super().__init__()
+        self.num_experts = config.num_experts
+        width, inner, std = site.hidden_size, config.intermediate_size, site.init.std
+        down_std = std / site.num_branches**0.5 if site.init.residual == "depth" else std
+
+        def make(in_features: int, out_features: int, init_std: float) -> ExpertLinear:
+            return ExpertLinear(config.num_experts, in_features, out_features, bias=config.bias, init_std=init_std)
+
+        self.gate_proj = make(width, inner, std) if config.gated else None
+        self.up_proj = make(width, inner, std)
+        self.down_proj = make(inner, width, down_std)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(
+        self,
+        x_BTD: Float[Tensor, "B T D"],
+        experts: Int[Tensor, "B T choices"],
+        weights: Float[Tensor, "B T choices"],
+        kernels: Literal["auto", "reference"],
+    ) -> Float[Tensor, "B T D"]:
+        """What the chosen experts say.
+
+        Args:
+            x_BTD: positions.
+            experts: the chosen ones of each.
+            weights: how much each counts.
+            kernels: "reference" multiplies expert by expert.
+        """
+        slots = sort_slots(experts.flatten(0, 1), self.num_experts)
+        x_MD = spread(x_BTD.flatten(0, 1), slots)
+        inner_MF = self.up_proj(x_MD, slots, kernels)
+        if self.gate_proj is None:
+            inner_MF = self.activation(inner_MF)
+        else:
+            inner_MF = self.activation(self.gate_proj(x_MD, slots, kernels)) * inner_MF
+        y_MD = self.down_proj(inner_MF, slots, kernels)
+        return collect(y_MD, weights.flatten(0, 1), slots).to(y_MD.dtype).view(x_BTD.shape)
