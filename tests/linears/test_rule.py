@@ -1,0 +1,147 @@
+"""Which linear maps are replaced: by model.linear, by role, and what is never replaced unasked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from graft.config.load import load_experiment_from_dict
+from graft.config.model import InitConfig, ModelConfig
+from graft.config.roles import ROLES
+from graft.contracts import sequence, training
+from graft.contracts.subject import Subject
+from graft.errors import ConfigError
+from graft.linears.bitlinear import BitLinear
+from graft.linears.bitlinear_config import BitLinearConfig
+from graft.linears.dense import Dense
+from graft.linears.dense_config import DenseConfig
+from graft.linears.low_rank import LowRank
+from graft.linears.low_rank_config import LowRankConfig
+from graft.model import Model, build_model
+from graft.norms.rms_norm_config import RMSNormConfig
+from graft.objectives.causal_lm_config import CausalLMConfig
+from graft.part import Site
+from graft.token_mixers.mla import MLA
+
+ATTENTION = {"type": "attention", "num_heads": 2, "position": {"type": "rope"}}
+MLP = {"type": "mlp", "intermediate_size": 24}
+LATENT = {
+    "type": "mla",
+    "num_heads": 2,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 4,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "bitlinear": {"type": "bitlinear"},
+    "low_rank": {"type": "low_rank", "rank": 5},
+}
+
+
+def config(*parts: dict[str, Any], **fields: Any) -> ModelConfig:
+    return ModelConfig.model_validate(
+        {"hidden_size": 16, "num_layers": 1, "norm": {"type": "rms_norm"}, "blocks": {"b": list(parts)}, **fields}
+    )
+
+
+def model(*parts: dict[str, Any], **fields: Any) -> Model:
+    return build_model(config(*parts, **fields), 31, seed=0, device="meta")
+
+
+def kinds(built: Model) -> Counter[tuple[str, str]]:
+    """(kind, role) of every linear map that a part made."""
+    return Counter(
+        (type(m).__name__, m.role)
+        for name, m in built.named_modules()
+        if isinstance(m, Dense | LowRank) and not name.endswith((".down", ".up"))
+    )
+
+
+def test_every_map_is_dense_by_default() -> None:
+    assert kinds(model(ATTENTION, MLP)) == {("Dense", "attention"): 4, ("Dense", "mlp"): 3}
+
+
+def test_the_kind_of_a_role_wins_over_the_kind_of_all() -> None:
+    built = model(ATTENTION, MLP, linear=KINDS["bitlinear"], linears={"mlp": KINDS["low_rank"]})
+    assert kinds(built) == {("BitLinear", "attention"): 4, ("LowRank", "mlp"): 3}
+    assert isinstance(built.embedding.weight, type(built.head_weight()))
+    only = model(ATTENTION, MLP, linears={"attention": KINDS["bitlinear"]})
+    assert kinds(only) == {("BitLinear", "attention"): 4, ("Dense", "mlp"): 3}
+
+
+def test_the_kind_of_a_mixer_with_a_role_of_its_own() -> None:
+    ode = {"type": "ode", "solver": "euler", "steps": 1, "mixer": ATTENTION}
+    built = model(ode, linear=KINDS["bitlinear"], linears={"ode": {"type": "dense"}})
+    assert kinds(built) == {("Dense", "ode"): 4}
+
+
+def test_routers_stay_dense_unless_named() -> None:
+    def site(**linears: Any) -> Site:
+        return Site(16, 0, 1, 2, True, RMSNormConfig(), BitLinearConfig(norm=None), InitConfig(), linears={**linears})
+
+    assert type(site().make_linear(16, 4, role="router")) is Dense
+    assert type(site().make_linear(16, 4, role="mlp")) is BitLinear
+    named = site(router=LowRankConfig(rank=2))
+    assert type(named.make_linear(16, 4, role="router")) is LowRank
+    assert type(named.linear_of("expert")) is BitLinearConfig
+    assert type(site(mlp=DenseConfig()).make_linear(16, 4, role="mlp")) is Dense
+
+
+def test_an_entry_for_a_role_that_nothing_has_is_an_error() -> None:
+    with pytest.raises(ConfigError) as caught:
+        model(ATTENTION, MLP, linears={"mamba": KINDS["bitlinear"]})
+    text = str(caught.value)
+    assert "model.linears.mamba" in text
+    assert "attention, mlp" in text
+    assert "remove the entry" in text
+
+
+def test_a_role_that_does_not_exist_is_a_problem_of_the_config() -> None:
+    with pytest.raises(ValidationError, match="linears"):
+        config(ATTENTION, linears={"attentoin": KINDS["bitlinear"]})
+    assert config(ATTENTION, linears=dict.fromkeys(ROLES, KINDS["bitlinear"])).linears.keys() == set(ROLES)
+
+
+def test_an_entry_of_the_base_can_be_taken_back(tmp_path: Path) -> None:
+    data = {
+        "model": config(ATTENTION, MLP, linears={"mlp": KINDS["low_rank"]}).to_dict(),
+        "objective": {"type": "causal_lm"},
+        "data": {"source": {"type": "embedded"}, "tokenizer": {"type": "bytes"}, "seq_len": 8},
+        "optimizer": {"type": "adamw", "learning_rate": 1e-3},
+        "schedule": {"type": "constant"},
+        "training": {"max_steps": 1, "global_batch_size": 1},
+    }
+    assert load_experiment_from_dict(data).model.linears == {"mlp": LowRankConfig(rank=5)}
+    assert load_experiment_from_dict(data, ["model.linears.mlp=null"]).model.linears == {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_latent_attention_decodes_as_it_reads(kind: str) -> None:
+    """A quantised map has no matrix that could be absorbed: decoding expands, and equals one forward."""
+    subject = Subject(config({**LATENT, "q_lora_rank": 6}, MLP, linear=KINDS[kind]), CausalLMConfig())
+    attention = next(m for m in subject.model.modules() if isinstance(m, MLA))
+    assert not attention._absorbs(1, 1000)
+    sequence.decoding_equals_forward(subject)
+    sequence.batched_decoding_equals_single(subject)
+    training.kernels_agree(subject)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mixer", ["retention", "mamba2", "conv"])
+def test_contracts_hold_for_replaced_maps_in_other_mixers(mixer: str, kind: str) -> None:
+    tables: dict[str, dict[str, Any]] = {
+        "retention": {"type": "retention", "num_heads": 2},
+        "mamba2": {"type": "mamba2", "d_state": 4, "head_dim": 8},
+        "conv": {"type": "conv", "gated": True},
+    }
+    subject = Subject(config(tables[mixer], linear=KINDS[kind]), CausalLMConfig())
+    sequence.never_looks_ahead(subject)
+    sequence.documents_do_not_meet(subject)
+    sequence.padding_does_not_matter(subject)
+    sequence.decoding_equals_forward(subject)
+    training.micro_batches_add_up(subject)
