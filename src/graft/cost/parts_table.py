@@ -178,8 +178,8 @@ def _introduction(measured: Measured | None) -> str:
     text = (
         "# Parts\n\n"
         "<!-- made by `graft parts --markdown`; do not edit -->\n\n"
-        f"Every part by itself in a stream of {HIDDEN_SIZE} channels, documents of {SEQ_LEN} tokens, with its defaults. "
-        f"What a part must be told is {told}, or else as in its preset.\n\n"
+        f"Every part by itself in a stream of {HIDDEN_SIZE} channels, with its defaults, and for documents of "
+        f"{SEQ_LEN} tokens. What a part must be told is {told}, or else as in its preset.\n\n"
         "`active`: parameters that take part in computing one position. FLOPs: of one forward pass, matrix products "
         f"and visible pairs only. State: what a sequence of {SEQ_LEN} tokens keeps while decoding in fp32."
     )
