@@ -62,6 +62,7 @@ def test_contracts_hold_for_any_composition(data: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a hundred networks, each trained and decoded several ways
 @pytest.mark.usefixtures("shown")
 @settings(max_examples=100)
 @given(compositions())
