@@ -31,10 +31,7 @@ def test_an_ordinary_config_needs_no_advice(small: dict[str, Any]) -> None:
         ),
         (["evaluation.interval=11"], "evaluation.interval: 11 is more than the run's 10 steps"),
         (["checkpoint.interval=11"], "checkpoint.interval: 11 is more than the run's 10 steps"),
-        (
-            ["model.bidirectional=true", "model.blocks.b.0.position={type: none}"],
-            "model: nothing tells positions apart",
-        ),
+        (["model.bidirectional=true"], "objective: causal_lm does not train an encoder"),
     ],
 )
 def test_each_oddity_has_one_line(small: dict[str, Any], overrides: list[str], expected: str) -> None:
@@ -44,6 +41,15 @@ def test_each_oddity_has_one_line(small: dict[str, Any], overrides: list[str], e
 
 def test_a_window_shorter_than_the_sequence_is_fine(small: dict[str, Any]) -> None:
     assert warnings(load_experiment_from_dict(small, ["model.blocks.b.0.sliding_window=7"])) == []
-    positioned = ["model.bidirectional=true", "model.blocks.b.0.position={type: none}"]
-    positioned.append("model.embedding.position={type: learned, max_seq_len: 8}")
-    assert warnings(load_experiment_from_dict(small, positioned)) == []
+
+
+@pytest.mark.parametrize(
+    ("embedding", "lines"),
+    [([], 1), (["position={type: learned, max_seq_len: 8}"], 0), (["conv={kernel_size: 3}"], 0)],
+)
+def test_an_encoder_without_positions_is_a_bag_of_words(
+    small: dict[str, Any], embedding: list[str], lines: int
+) -> None:
+    overrides = ["model.bidirectional=true", "model.blocks.b.0.position={type: none}"]
+    found = warnings(load_experiment_from_dict(small, overrides + [f"model.embedding.{field}" for field in embedding]))
+    assert sum("nothing tells positions apart" in line for line in found) == lines

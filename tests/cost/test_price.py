@@ -176,3 +176,29 @@ def test_human_numbers() -> None:
     assert human_count(12) == "12"
     assert human_bytes(1536) == "1.5 KiB"
     assert human_bytes(3 * 2**30) == "3 GiB"
+
+
+def test_an_encoder_is_priced_although_its_objective_refuses_it() -> None:
+    decoder, encoder = price(experiment()), price(experiment("model.bidirectional=true"))
+    assert encoder.memory_bytes.total > encoder.memory_bytes.weights + encoder.memory_bytes.gradients
+    assert encoder.memory_bytes.optimizer == decoder.memory_bytes.optimizer
+    pairs = 2 * 2 * 32 * (24 - (24 + 1) / 2)  # those after a query, in each of two layers
+    assert encoder.flops_per_token.forward == pytest.approx(decoder.flops_per_token.forward + 2 * pairs)
+
+
+def test_factorised_embeddings_and_their_convolution_are_priced() -> None:
+    plain = price(experiment("runtime.activation_checkpointing=block"))
+    priced = price(
+        experiment(
+            "model.embedding.size=8",
+            "model.embedding.conv={kernel_size: 5}",
+            "runtime.activation_checkpointing=block",
+        )
+    )
+    table, projection, conv = 300 * 8, 8 * 32, 5 * 8 * 8 + 8
+    assert plain.parameters.total - priced.parameters.total == 300 * 32 - table - projection - conv
+    ends = 2 * (5 * 8 * 8 + projection) + 2 * (projection + table)
+    assert priced.flops_per_token.forward - ends == plain.flops_per_token.forward - 2 * 300 * 32
+    assert priced.flops_per_token.recomputed == plain.flops_per_token.recomputed
+    assert priced.state_bytes - plain.state_bytes == 4 * (8 * 4 + 8)  # four inputs in fp32, and their documents
+    assert priced.parameters.per_role["conv"] == 5 * 8 * 8

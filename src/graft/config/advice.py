@@ -90,7 +90,14 @@ def _steps(experiment: Experiment) -> Iterator[str]:
 
 
 def _data(experiment: Experiment) -> Iterator[str]:
+    if experiment.model.bidirectional and not experiment.objective.supports_bidirectional:
+        tag = getattr(experiment.objective, "type", "")
+        yield (
+            f"objective: {tag} does not train an encoder, which sees every target; this one can be built, priced and "
+            "run forward"
+        )
     positions = [getattr(part, "position", None) for part, _ in _parts_in_use(experiment)]
     placeless = all(getattr(position, "type", "none") == "none" for position in positions if position is not None)
-    if experiment.model.bidirectional and placeless and experiment.model.embedding.position is None:
+    embedding = experiment.model.embedding
+    if experiment.model.bidirectional and placeless and embedding.position is None and embedding.conv is None:
         yield "model: nothing tells positions apart in this encoder (a bag of words); give attention a position"

@@ -132,6 +132,8 @@ class ObjectiveConfig(VariantConfig):
     """What is predicted and how the loss is summed."""
 
     family = "objective"
+    supports_bidirectional: ClassVar[bool] = True
+    """False for one whose targets a bidirectional model would see."""
 
 
 class ScheduleConfig(VariantConfig):

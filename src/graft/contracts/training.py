@@ -10,7 +10,7 @@ from graft.contracts.subject import ContractBroken, Subject, assert_close
 from graft.data.batch import IGNORED_TARGET, Batch
 from graft.initialization import generator_for
 from graft.model import Model, build_model
-from graft.objectives.base import aux_total, predict
+from graft.objectives.base import plain_cross_entropy
 
 
 def _batch(subject: Subject, rows: slice = slice(None)) -> Batch:
@@ -27,12 +27,9 @@ def _batch(subject: Subject, rows: slice = slice(None)) -> Batch:
 
 def _loss_terms(subject: Subject, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
     """Sums over targets and over positions: the objective's, or (an encoder under a causal one) plain cross-entropy."""
-    if not subject.config.bidirectional:
-        terms = subject.objective.build().loss(model, batch)
-        return terms.main, terms.aux
-    features = model.features(batch.input_ids_BT, segment_ids_BT=batch.segment_ids_BT)
-    sums = predict(model, features.x_BTD, batch.targets_BT, z_loss_coef=0.0)
-    return sums.loss, aux_total(features.aux, sums.loss)
+    refused = subject.config.bidirectional and not subject.objective.supports_bidirectional
+    terms = plain_cross_entropy(model, batch) if refused else subject.objective.build().loss(model, batch)
+    return terms.main, terms.aux
 
 
 def _backward(subject: Subject, model: Model, batches: list[Batch]) -> tuple[Tensor, dict[str, Tensor]]:

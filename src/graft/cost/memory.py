@@ -12,7 +12,7 @@ usually lower, because fused blocks keep less.
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from graft.cost.heap import GlibcHeap
 from graft.cost.live_bytes import LiveBytes
 from graft.data.batch import Batch
 from graft.model import Model
-from graft.objectives.base import Objective
+from graft.objectives.base import LossTerms, Objective, plain_cross_entropy
 from graft.training.precision import AUTOCAST_DTYPES
 from graft.training.runtime import resolve_device
 
@@ -99,7 +99,9 @@ class _Rehearsal:
             kernels=experiment.runtime.kernels,
             loss_chunk_bytes=experiment.runtime.loss_chunk_bytes,
         )
-        self.objective: Objective = experiment.objective.build()
+        refused = experiment.model.bidirectional and not experiment.objective.supports_bidirectional
+        objective: Objective = experiment.objective.build()
+        self.loss: Callable[[Model, Batch], LossTerms] = plain_cross_entropy if refused else objective.loss
         self.optimizer: torch.optim.Optimizer = experiment.optimizer.build(self.model)
         self.batch = _fake_batch(experiment)
         self.activations = self.logits = self.update = self._before = 0
@@ -119,7 +121,7 @@ class _Rehearsal:
         self._before = self.live.live
         dtype = torch.float32 if self.experiment.precision == "fp32" else AUTOCAST_DTYPES[self.experiment.precision]
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-            terms = self.objective.loss(self.model, self.batch)
+            terms = self.loss(self.model, self.batch)
         self.logits = self.live.window_peak - self._before - self.activations
         (terms.main / self.batch.num_targets + terms.aux / self.batch.num_positions).backward()
 

@@ -49,6 +49,17 @@ def aux_total(aux: Mapping[str, Tensor], like: Tensor) -> Tensor:
     return sum(aux.values(), start=torch.zeros_like(like))
 
 
+def plain_cross_entropy(model: Model, batch: Batch) -> LossTerms:
+    """Cross-entropy of every target, whatever the model sees of it, with the parts' auxiliary sums.
+
+    Trains nothing useful in an encoder, but takes the time and memory of an objective that would: an encoder is priced
+    and examined by this where its objective refuses it (``supports_bidirectional``).
+    """
+    features = model.features(batch.input_ids_BT, positions_BT=batch.positions_BT, segment_ids_BT=batch.segment_ids_BT)
+    sums = predict(model, features.x_BTD, batch.targets_BT, z_loss_coef=0.0)
+    return LossTerms(sums.loss, aux_total(features.aux, sums.loss), {"ce": sums.ce}, features.usage)
+
+
 def predict(
     model: Model, x_BTD: Float[Tensor, "B T D"], targets_BT: Int[Tensor, "B T"], *, z_loss_coef: float
 ) -> CrossEntropySums:
