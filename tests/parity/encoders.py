@@ -65,7 +65,7 @@ NOISE = 1e-12
 
 
 def padded_batch(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Ids, and 1 for real tokens, 0 for the padding behind them. Id 0, their padding, is nowhere: it has no gradient."""
+    """Ids, and 1 for real tokens, 0 for the padding behind them. Id 0 is in no row: their padding has no gradient."""
     ids = torch.randint(1, V, (len(lengths), T))
     real = torch.stack([(torch.arange(T) < length).long() for length in lengths])
     return ids, real

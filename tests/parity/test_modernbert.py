@@ -1,8 +1,8 @@
 """Our encoder with ModernBERT's parts (gates, rotary positions at two bases, local and global layers, no norm before
 the first attention) is transformers' ModernBertForMaskedLM.
 
-Their ``local_attention`` L is a total reach: a token sees L // 2 on each side. Our ``sliding_window`` counts a token and
-one side, so it is L // 2 + 1.
+Their ``local_attention`` L is a total reach: a token sees L // 2 on each side. Our ``sliding_window`` counts a token
+and one side, so it is L // 2 + 1.
 """
 
 from __future__ import annotations
