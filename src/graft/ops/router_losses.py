@@ -26,6 +26,23 @@ def balance_sum(probabilities_BTE: Tensor, experts: Tensor, real_BT: Tensor) -> 
     return probabilities_BTE.shape[-1] * ((num_chosen_BE * mass_BE).sum(-1) / positions_B).sum()
 
 
+def variance_sum(probabilities_BTE: Tensor, real_BT: Tensor) -> Tensor:
+    """Σ over rows of ``n · Var_e(P_e) / mean(P)²``, the squared coefficient of variation of the mean probabilities.
+
+    n and P as in `balance_sum`; 0 when all experts are as probable, E - 1 when it is always one. Unlike the balance
+    loss it does not see which were chosen.
+
+    Args:
+        probabilities_BTE: adding up to one over the experts.
+        real_BT: false on padding, which counts for nothing.
+    """
+    weight_BT1 = real_BT[..., None].to(probabilities_BTE.dtype)
+    mass_BE = (probabilities_BTE * weight_BT1).sum(1)
+    positions_B = weight_BT1.sum((1, 2))
+    squares_B = probabilities_BTE.shape[-1] * mass_BE.square().sum(-1) / positions_B.clamp(min=1)
+    return (squares_B - positions_B).sum()
+
+
 def z_sum(logits_BTE: Tensor, real_BT: Tensor) -> Tensor:
     """Σ over positions of ``logsumexp(logits)²`` (ST-MoE, 2202.08906, equation 5), without padding."""
     return (logits_BTE.logsumexp(-1).square() * real_BT).sum()

@@ -1,0 +1,219 @@
+"""A bank of learned slots, read by cross-attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.roles import Role
+from graft.initialization import Rng, normal_
+from graft.linears.low_rank_config import LowRankConfig
+from graft.memories.bank import Bank
+from graft.memories.chapter_router import ChapterRouter, Choice
+from graft.memories.memory_bank_config import MemoryBankConfig
+from graft.memories.pooling import PoolState
+from graft.ops.attention import attention
+from graft.ops.chapter_attention import chapter_attention
+from graft.ops.routing import count
+from graft.part import Context, Part, PartOutput, Site, State, linear_flops
+from graft.shapes import Float
+
+
+class ScalarGate(nn.Module):
+    """``tanh(g)``, g a learned number that starts at 0."""
+
+    role: Role = "scalar"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.empty(()))
+
+    def init_parameters(self, rng: Rng) -> None:
+        nn.init.zeros_(self.value)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.value.tanh().to(x_BTD.dtype)
+
+
+class SigmoidGate(nn.Module):
+    """``σ(w·x + b)`` per position, in fp32 at least; b starts at 0.
+
+    Args:
+        width: channels of x.
+        init_std: standard deviation of w at start.
+    """
+
+    role: Role = "scalar"
+
+    def __init__(self, width: int, init_std: float):
+        super().__init__()
+        self.init_std = init_std
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(()))
+
+    def init_parameters(self, rng: Rng) -> None:
+        normal_(self.weight, self.init_std, rng("weight"))
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        wide = torch.promote_types(x_BTD.dtype, torch.float32)
+        scores_BT1 = (x_BTD.to(wide) * self.weight).sum(-1, keepdim=True) + self.bias
+        return scores_BT1.sigmoid().to(x_BTD.dtype)
+
+
+class MemoryBank(Part):
+    """``y = g · W_o softmax(W_q x (W_k m)ᵀ / √H) W_v m`` over learned slots m, without positions and without a mask.
+
+    Mixture of Chapters (Tasmay-Tibrewal/Memory, ICLR 2026 NFAM workshop), whose ancestors are persistent memory
+    (1907.01470) and memory layers (2412.09764). With chapters each position reads a few of them, each with a softmax
+    of its own: ``Σ_c p̂_c · attention(x, chapter c)``, p̂ from `graft.memories.chapter_router`, and beside them the
+    shared ones with weight 1. One bank, one layer, no chapters is the static engram.
+
+    Deviations: the source weighs the slots before keys and values are made of them, which fades the scores with the
+    values; it routes with the mean of the whole sequence, later positions included, which we do only where it is asked
+    for by name; prefix routing takes a fixed number of positions for the prompt. Shared and chosen outputs are added
+    without norms between them. The balance loss is divided by the number of choices (alike = 1); all router losses are
+    taken row by row, weighted by the row's positions, and added up over layers, so that micro-batches add up.
+
+    Many queries are grouped by chapter (`graft.ops.chapter_attention`); where positions are fewer than chapters, as in
+    decoding, only the chapters they read are projected. A bank may be shared between layers: the model owns it once.
+
+    State: of token routing none; of the others a few columns of E scores (`graft.memories.pooling`). FLOPs: the maps
+    of each position, 4·N·H per slot it reads, and the keys and values of the chapters read, made once per forward
+    pass: counted for one document, shared by all of a micro-batch.
+
+    Args:
+        config: what is computed.
+        site: the surroundings.
+    """
+
+    config: MemoryBankConfig  # pyright: ignore[reportIncompatibleVariableOverride] - it is frozen
+    bank: Bank
+
+    def __init__(self, config: MemoryBankConfig, site: Site):
+        super().__init__()
+        self.config = config
+        D, reduced = site.hidden_size, config.low_rank_mode == "reduced_dim"
+        self.width = D
+        self.head_dim = config.head_dim or (config.bank_width(D) if reduced else D) // config.num_heads
+        inner = config.num_heads * self.head_dim
+        width = config.bank_width(D) if reduced else config.memory_dim or D
+        kind = None if config.projection_rank is None else LowRankConfig(rank=config.projection_rank)
+        self.q_proj = site.make_linear(D, inner, role="memory_layer", config=kind)
+        self.k_proj = site.make_linear(width, inner, role="memory_layer", config=kind)
+        self.v_proj = site.make_linear(width, inner, role="memory_layer", config=kind)
+        std = 0.0 if config.zero_init_output else None
+        self.o_proj = site.make_linear(inner, D, role="memory_layer", residual_output=True, init_std=std, config=kind)
+        self.router = None if config.num_chapters is None else ChapterRouter(config, site)
+        gates = {"none": lambda: None, "scalar": ScalarGate, "sigmoid": lambda: SigmoidGate(D, site.init.std)}
+        self.gate = gates[config.gate]()
+        self._take_bank(site)
+
+    def _take_bank(self, site: Site) -> None:
+        """The layer's own bank, or one that belongs to the model (which this part reads and does not register)."""
+        config = self.config
+
+        def make() -> Bank:
+            return Bank(config, site.hidden_size)
+
+        if config.sharing == "per_layer":
+            self.bank = make()
+            return
+        every = config.sharing_k if config.sharing == "every_k" else None
+        object.__setattr__(self, "bank", site.shared.take(config.bank, site.layer_idx, make, every=every))
+
+    def forward(self, x_BTD: Float[Tensor, "B T D"], ctx: Context, state: PoolState | None = None) -> PartOutput:
+        q_XNH = self._heads(self.q_proj(x_BTD)).flatten(0, 1)
+        aux: dict[str, Tensor] = {}
+        usage: dict[str, Tensor] = {}
+        if self.router is None:
+            o_XNH = self._read_all(q_XNH)
+        else:
+            decoding = state is not None
+            choice, state = self.router(x_BTD, ctx.segment_ids_BT, state, kernels=self.kernels)
+            o_XNH = self._read_chapters(q_XNH, choice)
+            real_BT = _real(x_BTD, ctx)
+            if not decoding:
+                aux = self.router.losses(choice, real_BT)
+            if self.training:
+                usage["chapters"] = count(choice.chapters_BTC, self.config.routed_chapters, real_BT)
+        y_BTD = self.o_proj(o_XNH.flatten(-2).unflatten(0, x_BTD.shape[:2]))
+        return PartOutput(y_BTD if self.gate is None else y_BTD * self.gate(x_BTD), state, aux, {}, usage)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.config.num_heads, self.head_dim))
+
+    def _dropout(self) -> float:
+        return self.config.attention_dropout if self.training else 0.0
+
+    def _keys_values(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of some of the bank's rows [..., M, W]: [..., M, N, H] each."""
+        return self._heads(self.bank.read(rows, self.k_proj)), self._heads(self.bank.read(rows, self.v_proj))
+
+    def _read_all(self, q_XNH: Tensor) -> Tensor:
+        k_MNH, v_MNH = self._keys_values(self.bank.rows())
+        return attention(
+            q_XNH[None],
+            k_MNH[None],
+            v_MNH[None],
+            scale=self.head_dim**-0.5,
+            causal=False,
+            dropout=self._dropout(),
+            kernels=self.kernels,
+        )[0]
+
+    def _read_chapters(self, q_XNH: Tensor, choice: Choice) -> Tensor:
+        """What X queries read of the shared and the chosen chapters."""
+        num_chapters, shared = self.config.num_chapters, self.config.num_shared_chapters
+        assert num_chapters is not None
+        chapters_XC, weights_XC = choice.chapters_BTC.flatten(0, 1) + shared, choice.weights_BTC.flatten(0, 1)
+        if shared:
+            always_XS = torch.arange(shared, device=chapters_XC.device).expand(chapters_XC.shape[0], -1)
+            chapters_XC = torch.cat((always_XS, chapters_XC), dim=1)
+            weights_XC = torch.cat((torch.ones_like(always_XS, dtype=weights_XC.dtype), weights_XC), dim=1)
+        rows_EMW = self.bank.rows().unflatten(0, (num_chapters, -1))
+        if chapters_XC.numel() < num_chapters and self.kernels != "reference":
+            rows_EMW = rows_EMW.index_select(0, chapters_XC.flatten())
+            chapters_XC = torch.arange(chapters_XC.numel(), device=chapters_XC.device).view_as(chapters_XC)
+        return chapter_attention(
+            q_XNH,
+            *self._keys_values(rows_EMW),
+            chapters_XC,
+            weights_XC,
+            scale=self.head_dim**-0.5,
+            dropout=self._dropout(),
+            kernels=self.kernels,
+        )
+
+    def init_state(self, batch_size: int, max_len: int, *, device: torch.device, dtype: torch.dtype) -> State:
+        """The pooling's, whatever ``max_len``."""
+        pooling = None if self.router is None else self.router.pooling
+        if pooling is None:
+            return None
+        return pooling.empty_state(batch_size, self.config.routed_chapters, device=device, dtype=dtype)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """The maps, 4·N·H per slot read, and a share of making keys and values for one document."""
+        config = self.config
+        inner = config.num_heads * self.head_dim
+        each = linear_flops(self.q_proj) + linear_flops(self.o_proj) + 4 * inner * config.slots_read
+        if self.router is not None:
+            each += 2 * self.width * config.routed_chapters
+        projected = min(config.slots, seq_len * config.slots_read)
+        once = sum(self.bank.flops(projected, linear_flops(m), inner) for m in (self.k_proj, self.v_proj))
+        return each + once / seq_len
+
+    def active_parameters(self) -> int:
+        """All but the slots of its own bank that a position does not read (a shared bank is the model's)."""
+        own = sum(p.numel() for p in self.parameters())
+        if self.config.sharing != "per_layer":
+            return own
+        unread = self.config.slots - self.config.slots_read
+        return own - unread * self.bank.width
+
+
+def _real(x_BTD: Tensor, ctx: Context) -> Tensor:
+    """[B, T] bool: false on padding."""
+    if ctx.segment_ids_BT is None:
+        return torch.ones(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
+    return ctx.segment_ids_BT != 0
