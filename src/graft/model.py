@@ -16,6 +16,7 @@ from graft.config.roles import ROLES
 from graft.errors import ConfigError
 from graft.initialization import initialize
 from graft.linears.dense_config import DenseConfig
+from graft.linears.packed_ternary import PackedTernary
 from graft.network.block import Block, BlockOutput
 from graft.network.ends import Head, TokenEmbedding, padded_rows
 from graft.network.sequence import ModelState, positions_in_segments
@@ -131,6 +132,9 @@ class Model(nn.Module):
         for part in self.parts():
             part.kernels = self.execution.kernels
             part.checkpointing = self.execution.activation_checkpointing
+        for layer in self.modules():
+            if isinstance(layer, PackedTernary):
+                layer.kernels = self.execution.kernels
         if compile or compile_decode:
             _allow_kinds_of_layers(len({repr(parts) for parts in self.config.layers()}))
         if compile is not None:

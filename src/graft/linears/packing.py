@@ -7,6 +7,9 @@ from torch import nn
 from graft.errors import ConfigError
 from graft.linears.bitlinear import BitLinear
 
+PACKED_SUFFIX = ".packed"
+"""How the names of packed weights end: a checkpoint with such tensors is one of `pack_ternary`'s models."""
+
 
 def pack_ternary(model: nn.Module) -> list[str]:
     """Replaces every `BitLinear` below ``model`` by its `PackedTernary`; nothing else is touched.

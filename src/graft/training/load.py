@@ -12,6 +12,7 @@ from graft.config.experiment import Experiment
 from graft.config.load import load_experiment_from_dict
 from graft.data.tokenizers.base import Tokenizer, load_tokenizer
 from graft.errors import CheckpointError
+from graft.linears.packing import PACKED_SUFFIX, pack_ternary
 from graft.model import Model, build_model
 from graft.training.checkpoint import CheckpointStore
 from graft.training.checkpoint_reader import Loaded, read_checkpoint
@@ -83,7 +84,7 @@ def load_run(
         path: a run directory, or a checkpoint's folder.
         which: the newest valid checkpoint, or the one with the lowest held-out loss.
         device: where the weights go.
-        dtype: of the weights; the checkpoint keeps fp32.
+        dtype: of the weights; the checkpoint keeps fp32. Counts and packed weights are whole numbers whatever it is.
 
     Raises:
         CheckpointError: no checkpoint can be read, or its tensors do not fit its config.
@@ -95,10 +96,16 @@ def load_run(
     tokenizer = load_tokenizer(run.tokenizer)
     model = build_model(experiment.model, tokenizer.vocab_size, seed=experiment.seed, device="meta")
     weights = loaded.tensors.get(WEIGHTS, {})
+    if any(name.endswith(PACKED_SUFFIX) for name in weights):
+        pack_ternary(model)
     require_same_tensors(weights, model.state_dict(), where=str(loaded.path))
     # the mapped tensors are copied: a file that disappears later must not take the model with it
     model.load_state_dict(
-        {name: t.to(device=device, dtype=dtype, copy=True) for name, t in weights.items()}, assign=True
+        {
+            n: t.to(device=device, dtype=dtype if t.is_floating_point() else t.dtype, copy=True)
+            for n, t in weights.items()
+        },
+        assign=True,
     )
     model.requires_grad_(False).eval()
     model.set_runtime(kernels=experiment.runtime.kernels, loss_chunk_bytes=experiment.runtime.loss_chunk_bytes)
