@@ -87,12 +87,11 @@ class MemoryBank(Part):
         site: the surroundings.
     """
 
-    config: MemoryBankConfig  # pyright: ignore[reportIncompatibleVariableOverride] - it is frozen
     bank: Bank
 
     def __init__(self, config: MemoryBankConfig, site: Site):
         super().__init__()
-        self.config = config
+        self.config = self.settings = config
         D, reduced = site.hidden_size, config.low_rank_mode == "reduced_dim"
         self.width = D
         self.head_dim = config.head_dim or (config.bank_width(D) if reduced else D) // config.num_heads
@@ -111,7 +110,7 @@ class MemoryBank(Part):
 
     def _take_bank(self, site: Site) -> None:
         """The layer's own bank, or one that belongs to the model (which this part reads and does not register)."""
-        config = self.config
+        config = self.settings
 
         def make() -> Bank:
             return Bank(config, site.hidden_size)
@@ -136,15 +135,15 @@ class MemoryBank(Part):
             if not decoding:
                 aux = self.router.losses(choice, real_BT)
             if self.training:
-                usage["chapters"] = count(choice.chapters_BTC, self.config.routed_chapters, real_BT)
+                usage["chapters"] = count(choice.chapters_BTC, self.settings.routed_chapters, real_BT)
         y_BTD = self.o_proj(o_XNH.flatten(-2).unflatten(0, x_BTD.shape[:2]))
         return PartOutput(y_BTD if self.gate is None else y_BTD * self.gate(x_BTD), state, aux, {}, usage)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.config.num_heads, self.head_dim))
+        return x.unflatten(-1, (self.settings.num_heads, self.head_dim))
 
     def _dropout(self) -> float:
-        return self.config.attention_dropout if self.training else 0.0
+        return self.settings.attention_dropout if self.training else 0.0
 
     def _keys_values(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of some of the bank's rows [..., M, W]: [..., M, N, H] each."""
@@ -164,7 +163,7 @@ class MemoryBank(Part):
 
     def _read_chapters(self, q_XNH: Tensor, choice: Choice) -> Tensor:
         """What X queries read of the shared and the chosen chapters."""
-        num_chapters, shared = self.config.num_chapters, self.config.num_shared_chapters
+        num_chapters, shared = self.settings.num_chapters, self.settings.num_shared_chapters
         assert num_chapters is not None
         chapters_XC, weights_XC = choice.chapters_BTC.flatten(0, 1) + shared, choice.weights_BTC.flatten(0, 1)
         if shared:
@@ -190,11 +189,11 @@ class MemoryBank(Part):
         pooling = None if self.router is None else self.router.pooling
         if pooling is None:
             return None
-        return pooling.empty_state(batch_size, self.config.routed_chapters, device=device, dtype=dtype)
+        return pooling.empty_state(batch_size, self.settings.routed_chapters, device=device, dtype=dtype)
 
     def flops_per_token(self, seq_len: int) -> float:
         """The maps, 4·N·H per slot read, and a share of making keys and values for one document."""
-        config = self.config
+        config = self.settings
         inner = config.num_heads * self.head_dim
         each = linear_flops(self.q_proj) + linear_flops(self.o_proj) + 4 * inner * config.slots_read
         if self.router is not None:
@@ -206,9 +205,9 @@ class MemoryBank(Part):
     def active_parameters(self) -> int:
         """All but the slots of its own bank that a position does not read (a shared bank is the model's)."""
         own = sum(p.numel() for p in self.parameters())
-        if self.config.sharing != "per_layer":
+        if self.settings.sharing != "per_layer":
             return own
-        unread = self.config.slots - self.config.slots_read
+        unread = self.settings.slots - self.settings.slots_read
         return own - unread * self.bank.width
 
 
