@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -28,6 +28,12 @@ def evaluate(
         int | None, typer.Option(help="Tokens a window moves by (default: half the context); smaller = more context.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.", min=1)] = 8,
+    memory_bits: Annotated[
+        int | None, typer.Option(help="Score again with the slots of memory banks rounded to 8 or 4 bits.")
+    ] = None,
+    memory_group_size: Annotated[
+        int | None, typer.Option(help="Channels of a slot that share a scale (default: all).", min=1)
+    ] = None,
     best: arguments.Best = False,
     device: arguments.Device = "auto",
     dtype: arguments.Dtype = "fp32",
@@ -40,27 +46,52 @@ def evaluate(
     """
     if bool(text) == validation:
         raise ConfigError("give either --text or --validation", where="graft eval")
+    bits = _bits(memory_bits, memory_group_size)
+    from graft.config.advice import marks
     from graft.evals.perplexity import text_loss
 
     loaded = arguments.open_run(run, best=best, device=device, dtype=dtype)
     context = loaded.experiment.data.seq_len if context is None else context
     stride = max(1, context // 2) if stride is None else stride
-    result = text_loss(
-        loaded.model,
-        loaded.experiment.objective.build(),
-        _documents(loaded, text or []),
-        end_of_document=loaded.tokenizer.end_of_document,
-        context=context,
-        stride=stride,
-        batch_size=batch_size,
-    )
-    report = {"checkpoint": str(loaded.checkpoint), "step": loaded.step, "context": context, "stride": stride}
-    report |= result.to_dict()
-    if as_json:
-        print_json(report)
-        return
+
+    def score() -> dict[str, float]:
+        return text_loss(
+            loaded.model,
+            loaded.experiment.objective.build(),
+            _documents(loaded, text or []),
+            end_of_document=loaded.tokenizer.end_of_document,
+            context=context,
+            stride=stride,
+            batch_size=batch_size,
+        ).to_dict()
+
+    report: dict[str, Any] = {"checkpoint": str(loaded.checkpoint), "step": loaded.step}
+    report |= {"context": context, "stride": stride, **marks(loaded.experiment), **score()}
+    if bits is not None:
+        from graft.memories.bank import quantize_banks
+
+        before, after = quantize_banks(loaded.model, bits, memory_group_size)
+        report["memory_bytes"] = before
+        report["rounded"] = {"memory_bits": bits, "memory_bytes": after, **marks(loaded.experiment), **score()}
+    print_json(report) if as_json else _print(report)
+
+
+def _bits(bits: int | None, group_size: int | None) -> Literal[8, 4] | None:
+    if bits is None and group_size is not None:
+        raise ConfigError("it says how to round, and nothing is", where="--memory-group-size", fix="add --memory-bits")
+    if bits not in (None, 8, 4):
+        raise ConfigError(f"{bits} bits", where="--memory-bits", expected="8 or 4")
+    return bits
+
+
+def _print(report: Mapping[str, Any], indent: str = "") -> None:
     for name, value in report.items():
-        console().print(f"{name:<19} {value:.6g}" if isinstance(value, float) else f"{name:<19} {value}")
+        if isinstance(value, dict):
+            console().print(f"{name}:")
+            _print(value, "  ")
+        else:
+            number = f"{value:.6g}" if isinstance(value, float) else value
+            console().print(f"{indent}{name:<{19 - len(indent)}} {number}")
 
 
 def _documents(loaded: LoadedRun, files: list[str]) -> Iterable[TokenDocument]:

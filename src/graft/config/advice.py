@@ -13,12 +13,31 @@ from graft.config.tree import dotted
 def warnings(experiment: Experiment) -> list[str]:
     """One line of advice per oddity: ``field: what it means; what to do``. ``check`` and ``train`` print them."""
     return [
+        *_leaks(experiment),
         *_windows(experiment),
         *_own_advice(experiment),
         *_schedule(experiment),
         *_steps(experiment),
         *_data(experiment),
     ]
+
+
+def marks(experiment: Experiment) -> dict[str, bool]:
+    """What every number measured with the model is marked with: ``leaks_future: true``, or nothing.
+
+    Metric lines, checkpoints, ``graft eval`` and the report carry it.
+    """
+    return {"leaks_future": True} if experiment.model.leaks_future else {}
+
+
+LEAK = "the model reads the future: its losses are too good, and it cannot generate as it was trained"
+"""What the mark ``leaks_future`` says to a person."""
+
+
+def _leaks(experiment: Experiment) -> Iterator[str]:
+    for part, name_of in _parts_in_use(experiment):
+        if part.leaks_future(experiment.model.bidirectional):
+            yield f"{name_of('type')}: {LEAK}; every metric is marked leaks_future"
 
 
 def _windows(experiment: Experiment) -> Iterator[str]:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.roles import Role
+from graft.errors import ConfigError
 from graft.initialization import Rng, normal_
-from graft.memories.memory_bank_config import MemoryBankConfig
+from graft.memories.memory_bank_config import BankQuantizationConfig, MemoryBankConfig, quantization_problems
 from graft.ops.slot_quantization import Bits, QuantizedRows, dequantize_rows, fake_quantize_rows, quantize_rows
 
 
@@ -73,8 +74,44 @@ class Bank(nn.Module):
             bits: per number.
             group_size: channels that share a scale, a divisor of the slots' width; None = one scale per slot.
         """
-        rounded = quantize_rows(self.slots, bits, group_size)
+        rounded = quantize_rows(self.rows(), bits, group_size)
         del self.slots
         self.register_buffer("codes", rounded.codes)
         self.register_buffer("scales", rounded.scales_MG)
         self.bits = bits
+
+    def num_bytes(self) -> int:
+        """Bytes the bank is kept in."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
+
+
+def banks(model: nn.Module) -> list[Bank]:
+    """Every bank below ``model``, a shared one once."""
+    return [module for module in model.modules() if isinstance(module, Bank)]
+
+
+def quantize_banks(model: nn.Module, bits: Bits, group_size: int | None = None) -> tuple[int, int]:
+    """Rounds the slots of every bank for inference, in place; a factorized bank's basis stays as it is.
+
+    Args:
+        model: a trained model.
+        bits: 8 or 4 per number.
+        group_size: channels that share a scale; None = one scale per slot.
+
+    Returns:
+        Bytes of all banks before and after.
+
+    Raises:
+        ConfigError: there is no bank, or its slots cannot be rounded so.
+    """
+    found = banks(model)
+    if not found:
+        raise ConfigError("the model has no memory bank", where="--memory-bits", fix="leave it out")
+    how = BankQuantizationConfig(bits=bits, group_size=group_size)
+    for bank in found:
+        for problem in quantization_problems(how, bank.width):
+            raise ConfigError(problem.message, where="--memory-bits", fix=problem.fix)
+    before = sum(bank.num_bytes() for bank in found)
+    for bank in found:
+        bank.quantize(bits, group_size)
+    return before, sum(bank.num_bytes() for bank in found)

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from graft.config.advice import LEAK
 from graft.config.experiment import Experiment
 from graft.config.load import load_experiment
 from graft.errors import CheckpointError
@@ -167,6 +168,7 @@ def render(record: RunRecord) -> str:
     body = [
         f"<h1>{escape(name)}</h1>",
         f'<p class="sub">{escape(record.path.name)} · {escape(state)}{" · " + escape(reason) if reason else ""}</p>',
+        f"<p><b>{escape(LEAK)}.</b></p>" if record.experiment.model.leaks_future else "",
         _headline(record),
         _section("Against counting: bits per byte on the held-out text", _bars(bars)),
         _section("Bits per byte over steps", curves),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graft.config.advice import marks
 from graft.config.identity import semantic_hash
 from graft.errors import DivergedError, ResourceError
 from graft.training.checkpoint import CheckpointStore, Loaded, SaveFailed
@@ -40,6 +41,7 @@ def checkpoint_metadata(run: Run) -> dict[str, Any]:
     """What a checkpoint's manifest says about the run."""
     return {
         **machine(),
+        **marks(run.experiment),
         "config_hash": semantic_hash(run.experiment),
         "data_fingerprint": run.prepared.fingerprint,
         "device": run.device.type,
