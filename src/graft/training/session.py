@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from graft.config.advice import marks
 from graft.config.experiment import Experiment
 from graft.config.identity import resolved_yaml, run_id
 from graft.data.loader import TrainLoader
@@ -179,7 +180,7 @@ class Session:
         """Opens the logs at the step the run continues after."""
         notices = self.notices
         trackers = open_trackers(self.experiment, self.directory.path, lambda text: notices.warn(self._step, text))
-        metrics = MetricsLog(self.directory.metrics, resume_step=self._step or None)
+        metrics = MetricsLog(self.directory.metrics, resume_step=self._step or None, marks=marks(self.experiment))
         try:
             yield Recorder(notices.events, notices.console, metrics, trackers)
         finally:
