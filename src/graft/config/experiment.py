@@ -106,6 +106,11 @@ class LoggingConfig(Config):
     tensorboard: bool = knob(False, "write TensorBoard events (extra: track)")
     wandb: WandbConfig | None = knob(None, "Weights & Biases settings; null = off (extra: track)")
     samples_interval: int | None = knob(None, "steps between printed samples; null = only at the end", ge=1)
+    usage_interval: int | None = knob(
+        100, "steps between lines on what was chosen, for models that choose (experts); null = only at the end", ge=1
+    )
+    usage_hot_threshold: float = knob(5.0, "times the mean above which an expert counts as hot", gt=0.0)
+    dead_after: int = knob(100, "steps without being chosen after which an expert counts as dead", ge=1)
 
 
 class RuntimeConfig(Config):

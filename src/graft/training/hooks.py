@@ -78,6 +78,27 @@ class LogHook:
         }
 
 
+class UsageHook:
+    """Writes a line for everything the model chooses from every ``logging.usage_interval`` steps and at the end.
+
+    The counts are those since the lines before; they are read from the device only then.
+    """
+
+    def __init__(self, recorder: Recorder):
+        self._recorder = recorder
+
+    def after_step(self, run: Run, report: StepReport) -> None:
+        settings = run.experiment.logging
+        if not due(run, settings.usage_interval):
+            return
+        for name in run.usage.names():
+            numbers = run.usage.summary(
+                name, run.step, hot_threshold=settings.usage_hot_threshold, dead_after=settings.dead_after
+            )
+            self._recorder.line("usage", run.step, numbers, {}, of=name)
+        run.usage.forget_counts()
+
+
 class EvaluateHook:
     """Measures the held-out loss every ``evaluation.interval`` steps and at the end; remembers the best."""
 

@@ -45,16 +45,21 @@ class Recorder(Notices):
     metrics: MetricsLog
     trackers: Trackers
 
-    def line(self, kind: str, step: int, values: Mapping[str, Any], time: Mapping[str, Any]) -> dict[str, Any]:
+    def line(
+        self, kind: str, step: int, values: Mapping[str, Any], time: Mapping[str, Any], *, of: str | None = None
+    ) -> dict[str, Any]:
         """Writes a metric line and returns its numbers.
 
         Args:
-            kind: ``train`` or ``eval``.
+            kind: ``train``, ``eval`` or ``usage``.
             step: the step it describes.
             values: what an equal run would have written too.
             time: what depends on the clock and the machine.
+            of: what it describes, where there are several lines of a kind for one step.
         """
-        self.metrics.write(step, {"kind": kind, **values}, time=time)
+        named = {"kind": kind} if of is None else {"kind": kind, "of": of}
+        self.metrics.write(step, {**named, **values}, time=time)
         numbers = {**values, **{f"time/{name}": value for name, value in time.items()}}
-        self.trackers.log(step, {f"{kind}/{k}": float(v) for k, v in numbers.items() if isinstance(v, int | float)})
+        prefix = "/".join(named.values())
+        self.trackers.log(step, {f"{prefix}/{k}": float(v) for k, v in numbers.items() if isinstance(v, int | float)})
         return {**values, "time": time}

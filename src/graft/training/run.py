@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from graft.config.experiment import Experiment
 from graft.data.batch import Batch
 from graft.faults import fault_active, fault_point
 from graft.objectives.base import LossTerms, Objective
 from graft.optimizers.groups import set_learning_rate
+from graft.training.gradients import gradient_values, scale_to_norm
 from graft.training.guard import Guard, Verdict
 from graft.training.precision import Precision
 from graft.training.rng import rng_state, set_rng_state
 from graft.training.totals import Totals
+from graft.training.usage import UsageMemory, summed_over_ranks
 
 if TYPE_CHECKING:
     from graft.data.loader import TrainLoader
@@ -43,6 +45,7 @@ class Run:
         step: updates made or skipped so far; the next one is number ``step + 1`` and uses ``schedule.factor(step)``.
         tokens: training positions seen.
         window: sums since the last metric line.
+        usage: what the model chose, counted.
         guard: what went wrong so far.
         best_loss: lowest held-out loss so far, in nats per target; None before the first evaluation.
         last_evaluation: step and numbers of the newest evaluation.
@@ -77,6 +80,7 @@ class Run:
         self.step = 0
         self.tokens = 0
         self.window = Totals()
+        self.usage = UsageMemory()
         self.best_loss: float | None = None
         self.last_evaluation: tuple[int, dict[str, float | None]] | None = None
 
@@ -98,7 +102,7 @@ class Run:
     def gradient_norm(self) -> Tensor:
         """Undoes the loss scale, then returns the gradients' global norm (a scalar on the device). Clips nothing."""
         self.precision.unscale(self.optimizer)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        gradients = gradient_values(self.parameters)
         injected = fault_active("train.gradient", self.step + 1)
         if injected is not None:
             gradients[0].view(-1)[0] = float(injected)
@@ -128,14 +132,16 @@ class Run:
         """Scales the gradients down to ``training.max_grad_norm``; leaves them alone when their norm is below it."""
         largest = self.experiment.training.max_grad_norm
         if largest is not None and float(grad_norm) > largest - 1e-5:  # PyTorch divides by norm + 1e-6
-            clip_grads_with_norm_(self.parameters, largest, grad_norm)
+            scale_to_norm(gradient_values(self.parameters), largest, grad_norm)
 
     def finish_step(self, verdict: Verdict, totals: Totals) -> None:
         """Moves on to the next step. A skipped step's data counts as seen, its sums enter no mean."""
         self.step += 1
         self.tokens += totals.num_positions
         if verdict is Verdict.GOOD:
+            totals.usage = summed_over_ranks(totals.usage)
             self.model.after_update(totals.usage)
+            self.usage.add(self.step, totals.usage)
             self.window.merge(totals)
 
     def note_evaluation(self, numbers: Mapping[str, float | None]) -> None:
@@ -166,6 +172,7 @@ class Run:
                 "step": self.step,
                 "tokens": self.tokens,
                 "window": self.window.state_dict(),
+                "usage": self.usage.state_dict(),
                 "guard": self.guard.state_dict(),
                 "best_loss": self.best_loss,
                 "last_evaluation": self.last_evaluation,
@@ -185,6 +192,7 @@ class Run:
         progress = state["progress"]
         self.step, self.tokens = progress["step"], progress["tokens"]
         self.window = Totals.from_state(progress["window"], self.device)
+        self.usage.load_state_dict(progress["usage"], self.device)
         self.guard.load_state_dict(progress["guard"])
         self.best_loss = progress["best_loss"]
         self.last_evaluation = progress["last_evaluation"]

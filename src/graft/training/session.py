@@ -19,7 +19,7 @@ from graft.model import build_model
 from graft.optimizers.groups import describe_groups
 from graft.training.checkpoint import CheckpointStore, Loaded
 from graft.training.console import Console, short
-from graft.training.hooks import CheckpointHook, EvaluateHook, Hook, LogHook, SampleHook, Sampler
+from graft.training.hooks import CheckpointHook, EvaluateHook, Hook, LogHook, SampleHook, Sampler, UsageHook
 from graft.training.loop import fit
 from graft.training.memory import out_of_memory
 from graft.training.metrics import EventsLog, MetricsLog
@@ -223,7 +223,7 @@ class Session:
             flops_per_token=flops_per_token(run.model, run.experiment.data.seq_len),
             peak_flops=peak_flops(run.device, run.precision.dtype),
         )
-        hooks: list[Hook] = [log, EvaluateHook(recorder), CheckpointHook(checkpoints)]
+        hooks: list[Hook] = [log, UsageHook(recorder), EvaluateHook(recorder), CheckpointHook(checkpoints)]
         if self.options.sampler is not None:
             hooks.append(SampleHook(recorder, self.options.sampler))
         return hooks
@@ -236,7 +236,7 @@ class Session:
         say(f"data fingerprint {run.prepared.fingerprint}, vocabulary {run.prepared.vocab_size}")
         for row in describe_groups(run.optimizer):
             say(
-                f"  {row.role:<14} {row.algorithm:<6} {row.num_tensors:>5} tensors {short(row.num_parameters):>7} "
+                f"  {row.role:<14} {row.algorithm:<15} {row.num_tensors:>5} tensors {short(row.num_parameters):>7} "
                 f"parameters  lr x {row.lr_multiplier:g}  weight decay {row.weight_decay:g}"
             )
         for line in self.options.advice:
