@@ -11,7 +11,7 @@ Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 720, 260
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 18, 36
 CLASSES = ("a", "b", "c", "d")
-"""CSS classes of the series, in order."""
+"""CSS classes of the series, in order. More series than these are painted from blue to red instead."""
 
 
 def _ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -49,6 +49,13 @@ def _place(value: float, domain: tuple[float, float], start: float, end: float) 
     return start + (value - low) / (high - low or 1.0) * (end - start)
 
 
+def _paints(count: int) -> list[str]:
+    """An element's attributes for each of ``count`` series."""
+    if count <= len(CLASSES):
+        return [f'class="{{}} {css}"' for css in CLASSES[:count]]
+    return [f'class="{{}} ramp" style="--hue:{240 - 240 * i / (count - 1):.0f}"' for i in range(count)]
+
+
 def _domain(values: list[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     pad = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
@@ -78,12 +85,15 @@ def line_chart(
         at = _place(level, y, HEIGHT - BOTTOM, TOP)
         body.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         body.append(f'<text x="{WIDTH - RIGHT}" y="{at - 4:.1f}" text-anchor="end">{escape(name)}</text>')
-    for css, points in zip(CLASSES, finite.values(), strict=False):
+    paints = _paints(len(finite))
+    for paint, points in zip(paints, finite.values(), strict=True):
         placed = " ".join(
             f"{_place(a, x, LEFT, WIDTH - RIGHT):.1f},{_place(b, y, HEIGHT - BOTTOM, TOP):.1f}" for a, b in points
         )
-        body.append(f'<polyline class="line {css}" points="{placed}"/>')
-    keys = "".join(f'<span class="key {css}">{escape(name)}</span>' for css, name in zip(CLASSES, finite, strict=False))
+        body.append(f'<polyline {paint.format("line")} points="{placed}"/>')
+    keys = "".join(
+        f"<span {paint.format('key')}>{escape(name)}</span>" for paint, name in zip(paints, finite, strict=True)
+    )
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(body)}</svg><div class="keys">{keys}</div>'
 
 

@@ -15,6 +15,7 @@ from graft.config.load import load_experiment
 from graft.errors import CheckpointError
 from graft.report.baselines import baselines_of
 from graft.report.charts import bar_chart, line_chart
+from graft.report.usage import usage_section
 from graft.training.metrics import read_lines
 
 FILE = "report.html"
@@ -29,6 +30,8 @@ h1{font-size:1.5rem;margin-bottom:0}h2{font-size:1.1rem;margin-top:2.2rem}p.sub{
 .card{border:1px solid var(--line);border-radius:8px;padding:.5rem .7rem}.card b{display:block;font-size:1.15rem}.card span{color:var(--soft);font-size:.8rem}
 svg{width:100%;height:auto}svg text{font-size:12px;fill:var(--soft)}.grid{stroke:var(--line)}.level{stroke:var(--soft);stroke-dasharray:4 4}
 .line{fill:none;stroke-width:1.8}.line.a{stroke:var(--a)}.line.b{stroke:var(--b)}.line.c{stroke:var(--c)}.line.d{stroke:var(--d)}
+.line.ramp{stroke:hsl(var(--hue) 65% 50%)}.key.ramp::before{background:hsl(var(--hue) 65% 50%)}
+table{border-collapse:collapse;font-size:.85rem}td,th{padding:.15rem .6rem;text-align:right}td:first-child{text-align:left}
 .bar.a{fill:var(--a)}.bar.other{fill:var(--line)}
 .keys{font-size:.85rem}.key{margin-right:1rem}.key::before{content:"";display:inline-block;width:.8em;height:.8em;border-radius:2px;margin-right:.35em}
 .key.a::before{background:var(--a)}.key.b::before{background:var(--b)}.key.c::before{background:var(--c)}.key.d::before{background:var(--d)}
@@ -174,6 +177,7 @@ def render(record: RunRecord) -> str:
         _section("Bits per byte over steps", curves),
         _section("Learning rate", line_chart({"learning rate": record.points("train", "learning_rate")})),
         _section("Gradient norm before clipping", line_chart({"gradient norm": record.points("train", "grad_norm")})),
+        _section("What is chosen", usage_section(record.lines)),
         _section("Samples", _samples(record.events)),
         _section("Incidents", _incidents(record.events)),
         "<h2>How it was made</h2>",
