@@ -12,6 +12,7 @@ from graft import api
 from graft.config.experiment import GuardConfig
 from graft.errors import DivergedError
 from graft.faults import reset_faults
+from graft.optimizers.grouped import GroupedOptimizer
 from graft.training.guard import Guard, Verdict, first_non_finite, non_finite_parameters
 from graft.training.session import Session
 from tiny_run import bare_run, lines, random_batch
@@ -124,7 +125,7 @@ def test_without_a_checkpoint_the_run_ends_at_once(tiny, tmp_path, inject):  # f
 
 @pytest.mark.fault
 def test_broken_parameters_are_never_saved(tiny, tmp_path, monkeypatch):  # fault 24
-    original = torch.optim.AdamW.step
+    original = GroupedOptimizer.step
 
     def overflowing(self, *arguments, **options):
         result = original(self, *arguments, **options)
@@ -132,7 +133,7 @@ def test_broken_parameters_are_never_saved(tiny, tmp_path, monkeypatch):  # faul
             self.param_groups[0]["params"][0].data[3, 3] = float("inf")
         return result
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", overflowing)
+    monkeypatch.setattr(GroupedOptimizer, "step", overflowing)
     with pytest.raises(DivergedError, match=r"1 parameters are not finite.*embedding\.weight") as caught:
         train(tiny("evaluation.interval=null"), tmp_path / "run")
     assert caught.value.exit_code == 5

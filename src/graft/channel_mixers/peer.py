@@ -164,5 +164,5 @@ def _without_padding(ids_RK: Tensor, gates_RK: Tensor, real_R: Tensor) -> tuple[
 
     (A micro-batch of nothing but padding touches those of its first position.)
     """
-    first = real_R.to(torch.int64).argmax()
-    return torch.where(real_R[:, None], ids_RK, ids_RK[first]), gates_RK * real_R[:, None].to(gates_RK.dtype)
+    first_1 = real_R.to(torch.int64).argmax(0, keepdim=True)
+    return torch.where(real_R[:, None], ids_RK, ids_RK[first_1]), gates_RK * real_R[:, None].to(gates_RK.dtype)

@@ -10,6 +10,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from graft.ops.row_gradients import split_rows
+
+
+def stored(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors with storage that make up ``tensor``."""
+    return split_rows(tensor) if tensor.is_sparse else (tensor,)
+
 
 class Allocator(Protocol):
     """Is told of every storage that is made and freed."""
@@ -62,7 +69,8 @@ class LiveBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
-                self._count(leaf.untyped_storage())
+                for tensor in stored(leaf):
+                    self._count(tensor.untyped_storage())
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:

@@ -22,10 +22,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graft.config.experiment import Experiment
 from graft.cost.heap import GlibcHeap
-from graft.cost.live_bytes import LiveBytes
+from graft.cost.live_bytes import LiveBytes, stored
 from graft.data.batch import Batch
 from graft.model import Model
 from graft.objectives.base import LossTerms, Objective, plain_cross_entropy
+from graft.ops.row_gradients import rows_only, split_rows, summed_rows, wants_rows
 from graft.training.precision import AUTOCAST_DTYPES
 from graft.training.runtime import resolve_device
 
@@ -45,7 +46,7 @@ class MemoryBytes:
 
     Args:
         weights: fp32 parameters.
-        gradients: fp32 gradients, all of them.
+        gradients: fp32 gradients, all of them; of tables with row-wise updates, the most rows a step can touch.
         optimizer: the optimizer's state after its first update.
         activations: kept from the forward pass of one micro-batch for its backward pass, autocast's low-precision
             copies of the weights included.
@@ -87,6 +88,32 @@ def _fake_batch(experiment: Experiment) -> Batch:
     )
 
 
+class _RowGradient:
+    """Keeps a table's row gradient as autograd does with real tensors; of a fake one it forgets the rows.
+
+    Args:
+        table: whose gradient holds rows only.
+    """
+
+    def __init__(self, table: Tensor):
+        self._table = table
+        self._sum: Tensor | None = None
+        table.register_hook(self._add)
+
+    def _add(self, gradient: Tensor) -> None:
+        self._table.grad = None  # what autograd makes of it
+        if self._sum is None:
+            self._sum = rows_only(*split_rows(gradient), len(gradient))
+        else:
+            both = zip(split_rows(self._sum), split_rows(gradient), strict=True)
+            rows, values = (torch.cat(pair) for pair in both)
+            self._sum = summed_rows(rows_only(rows, values, len(gradient)))
+
+    def hand_over(self) -> None:
+        """Makes the sum of the micro-batches the table's gradient."""
+        self._table.grad, self._sum = self._sum, None
+
+
 class _Rehearsal:
     """Training steps on fake tensors; reads ``live`` at their borders."""
 
@@ -104,14 +131,18 @@ class _Rehearsal:
         self.loss: Callable[[Model, Batch], LossTerms] = plain_cross_entropy if refused else objective.loss
         self.optimizer: torch.optim.Optimizer = experiment.optimizer.build(self.model)
         self.batch = _fake_batch(experiment)
-        self.activations = self.logits = self.update = self._before = 0
+        self.gradients = self.activations = self.logits = self.update = self._before = 0
         self._watch_features()
+        self._row_gradients = [_RowGradient(p) for p in self.model.parameters() if wants_rows(p)]
 
     def step(self) -> None:
         """One update, with a second micro-batch if there are several (its gradients meet those of the first)."""
         accumulates = self.experiment.training.global_batch_size > self.experiment.micro_batch_size
         for _ in range(2 if accumulates else 1):
             self._forward_backward()
+        for rows in self._row_gradients:
+            rows.hand_over()
+        self.gradients = _bytes_of(t for p in self.model.parameters() if p.grad is not None for t in stored(p.grad))
         before = self.live.open_window()
         self.optimizer.step()
         self.update = self.live.window_peak - before
@@ -164,7 +195,7 @@ def training_memory(experiment: Experiment, vocab_size: int) -> MemoryBytes:
         lost = max(0, heap.peak - live.peak) if on_cpu and platform.libc_ver()[0] == "glibc" else 0
         return MemoryBytes(
             weights=weights,
-            gradients=weights,
+            gradients=rehearsal.gradients,
             optimizer=rehearsal.optimizer_state(),
             activations=rehearsal.activations,
             logits=rehearsal.logits,

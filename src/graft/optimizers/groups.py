@@ -11,10 +11,10 @@ from torch import nn
 
 from graft.config.roles import NO_DECAY, ROLES, Role
 from graft.errors import ConfigError
-from graft.optimizers.groups_config import GroupedOptimizerConfig, RoleOverride
+from graft.optimizers.groups_config import GroupedOptimizerConfig, RoleOverride, RowUpdate
 from graft.part import parameter_roles
 
-Algorithm = Literal["adamw", "muon"]
+Algorithm = Literal["adamw", "muon"] | RowUpdate
 Group = dict[str, Any]
 """One entry of ``optimizer.param_groups``."""
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Literal
 
 from graft.config.base import Config, Problem, knob
 from graft.config.families import OptimizerConfig
 from graft.config.roles import Role
+
+RowUpdate = Literal["rowwise_adagrad", "rowwise_adam"]
 
 
 class RoleOverride(Config):
@@ -15,11 +18,18 @@ class RoleOverride(Config):
     lr_multiplier: float | None = knob(None, "factor on the peak learning rate", ge=0.0)
     weight_decay: float | None = knob(None, "decoupled weight decay", ge=0.0)
     betas: tuple[float, float] | None = knob(None, "Adam's moment decays")
-    eps: float | None = knob(None, "Adam's epsilon", gt=0.0)
+    eps: float | None = knob(None, "Adam's and Adagrad's epsilon", gt=0.0)
+    update: RowUpdate | None = knob(
+        None,
+        "for tables read row by row (expert_table): touch only the rows a step used. rowwise_adagrad keeps one number "
+        "per row, rowwise_adam two per weight; null = the optimizer's own update of every row",
+    )
 
     def problems(self) -> Iterator[Problem]:
         if self.betas is not None and not all(0.0 <= b < 1.0 for b in self.betas):
             yield Problem(("betas",), f"betas {self.betas} are not in [0, 1)")
+        if self.betas is not None and self.update == "rowwise_adagrad":
+            yield Problem(("betas",), "betas do nothing here: rowwise_adagrad has none", "remove betas")
 
 
 class GroupedOptimizerConfig(OptimizerConfig):

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from graft.config.experiment import GuardConfig
 from graft.data.batch import Batch
+from graft.training.gradients import gradient_values
 
 
 class Verdict(Enum):
@@ -140,7 +141,8 @@ def first_non_finite(run: Any, batches: Sequence[Batch]) -> str:
         if found:
             return f"the first module with a non-finite output is {found[0]}"
         (terms.main + terms.aux).backward()
-    gradients = [name for name, p in run.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    named = run.model.named_parameters()
+    gradients = [name for name, p in named if not all(values.isfinite().all() for values in gradient_values([p]))]
     run.optimizer.zero_grad(set_to_none=True)
     if gradients:
         return f"all outputs are finite, the gradient of {gradients[-1]} is not"

@@ -91,6 +91,22 @@ def _check_belongs(run: Run, loaded: Loaded) -> None:
             where="optimizer.type",
             fix=f"set optimizer.type: {before}, or start a new run",
         )
+    _check_row_updates(run, loaded)
+
+
+def _check_row_updates(run: Run, loaded: Loaded) -> None:
+    """A table's state belongs to one way of updating it."""
+    saved, given = (
+        document["optimizer"]["groups"] for document in (loaded.documents[EXPERIMENT], run.experiment.to_dict())
+    )
+    for role in sorted({*saved, *given}):
+        before, now = (groups.get(role, {}).get("update") for groups in (saved, given))
+        if before != now:
+            raise CheckpointError(
+                f"the update is {now} and the checkpoint has the state of {before}",
+                where=f"optimizer.groups.{role}.update",
+                fix=f"set it to {before or 'null'}, or start a new run",
+            )
 
 
 def _config_changes(run: Run, loaded: Loaded) -> list[Change]:
