@@ -87,11 +87,14 @@ def explain(error: ValidationError, root: type[Config], data: Any) -> list[Issue
         is_key = e["loc"][-1:] == ("[key]",)
         raw.append(_Error(path, branch, is_key, e["type"], dict(e.get("ctx", {})), e["msg"], e["input"]))
     deeper = [e.path for e in raw]
+    fitting = {e.path for e in raw if e.type == PROBLEMS_ERROR}
     groups: dict[Path, list[_Error]] = {}
     issues: list[Issue] = []
     for e in raw:
         if e.branch and any(len(p) > len(e.path) and p[: len(e.path)] == e.path for p in deeper):
             continue  # another alternative of the union fits so far and says more
+        if e.branch and e.type in {*EXPECTED, "literal_error"} and e.path in fitting:
+            continue  # another one has the right shape, and a problem of its own
         if e.type in EXPECTED or (e.type == "literal_error" and not e.is_key):
             groups.setdefault(e.path, []).append(e)
         else:

@@ -169,8 +169,28 @@ def override_problems(model: ModelConfig) -> Iterator[Problem]:
             for reason in error.reasons:
                 yield Problem(("overrides", selector), reason)
     yield from _width_problems(model, built)
+    yield from _idle_overrides(model, built)
     yield from _placement_problems(model, built)
     yield from _joint_problems(model, built)
+
+
+def _idle_overrides(model: ModelConfig, built: list[LayerParts]) -> Iterator[Problem]:
+    """Overrides of parts that stand in none of the layers they name."""
+    own, blocks = own_layers(model), model.layer_blocks()
+    for selector, entries in model.overrides.items():
+        try:
+            selected, changes = selected_layers(selector, model.num_layers), _by_part(entries)
+            named = {head: [(i, built[i][_part_index(head, built[i])]) for i in selected] for head in changes}
+        except OverrideError:
+            continue  # reported where it is applied
+        for head, parts in named.items():
+            standing = (i in chosen_layers(part.layers, own[blocks[i]], model.num_layers) for i, part in parts)
+            if "layers" not in changes[head] and not any(standing):
+                yield Problem(
+                    ("overrides", selector),
+                    f"'{head}' stands in none of these layers",
+                    "remove it, or move the part",
+                )
 
 
 def _placement_problems(model: ModelConfig, built: list[LayerParts]) -> Iterator[Problem]:
