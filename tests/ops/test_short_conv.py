@@ -34,9 +34,20 @@ def test_values_are_those_of_conv1d(kernels, K, T):
 documents = st.lists(st.sampled_from([0, 3, 3, 5, 5, 7]), min_size=9, max_size=9)
 
 
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+@pytest.mark.parametrize("dilation", [2, 3])
+def test_dilated_values_are_those_of_conv1d(kernels, dilation):
+    x, w, b = tensors(K=4)
+    how = {"dilation": dilation, "kernels": kernels}
+    wanted = F.conv1d(F.pad(x.mT, (3 * dilation, 0)), w[:, None], b, groups=3, dilation=dilation).mT
+    torch.testing.assert_close(causal_conv(x, w, b, **how)[0], wanted)
+    centred = F.conv1d(F.pad(x.mT, (2 * dilation, dilation)), w[:, None], b, groups=3, dilation=dilation).mT
+    torch.testing.assert_close(centred_conv(x, w, b, **how), centred)
+
+
 @settings(max_examples=40)
-@given(segments=st.tuples(documents, documents), centred=st.booleans(), bias=st.booleans())
-def test_both_forms_agree_in_values_and_gradients(segments, centred, bias):
+@given(segments=st.tuples(documents, documents), centred=st.booleans(), bias=st.booleans(), dilation=st.integers(1, 3))
+def test_both_forms_agree_in_values_and_gradients(segments, centred, bias, dilation):
     x, w, b = tensors(T=9)
     inputs = [x, w, b] if bias else [x, w]
     for tensor in inputs:
@@ -44,7 +55,7 @@ def test_both_forms_agree_in_values_and_gradients(segments, centred, bias):
     ids, direction, results = torch.tensor(segments), torch.randn_like(x), []
     for kernels in ("auto", "reference"):
         conv = centred_conv if centred else lambda *args, **how: causal_conv(*args, **how)[0]
-        y = conv(x, w, b if bias else None, ids, kernels=kernels)
+        y = conv(x, w, b if bias else None, ids, dilation=dilation, kernels=kernels)
         results.append((y, *torch.autograd.grad((y * direction).sum(), inputs)))
     torch.testing.assert_close(*results)
 
@@ -65,19 +76,22 @@ def test_a_document_computes_what_it_computes_alone(conv):
     segments=st.none() | st.tuples(documents, documents),
     cuts=st.sets(st.integers(1, 8)),
     width=st.integers(1, 5),
+    dilation=st.integers(1, 3),
     kernels=st.sampled_from(["auto", "reference"]),
 )
-def test_in_chunks_it_computes_the_same(segments, cuts, width, kernels):
+def test_in_chunks_it_computes_the_same(segments, cuts, width, dilation, kernels):
     x, w, b = tensors(T=9, K=width)
     ids = None if segments is None else torch.tensor(segments)
-    whole, _ = causal_conv(x, w, b, ids)
-    state, pieces, edges = empty_conv_state(2, 3, width, device=CPU, dtype=x.dtype), [], [0, *sorted(cuts), 9]
+    whole, _ = causal_conv(x, w, b, ids, dilation=dilation)
+    state = empty_conv_state(2, 3, width, dilation=dilation, device=CPU, dtype=x.dtype)
+    pieces, edges = [], [0, *sorted(cuts), 9]
     for start, end in itertools.pairwise(edges):
         now = None if ids is None else ids[:, start:end]
-        y, state = causal_conv(x[:, start:end], w, b, now, state, kernels=kernels)
+        y, state = causal_conv(x[:, start:end], w, b, now, state, dilation=dilation, kernels=kernels)
         pieces.append(y)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole)
-    assert [tuple(t.shape) for t in state] == [(2, width - 1, 3), (2, width - 1)]
+    length = (width - 1) * dilation
+    assert [tuple(t.shape) for t in state] == [(2, length, 3), (2, length)]
 
 
 def test_gradients_are_right():

@@ -12,10 +12,10 @@ from graft.shapes import Float, Int
 
 
 class ConvState(NamedTuple):
-    """What a causal convolution of width K carries from one call to the next.
+    """What a causal convolution carries from one call to the next.
 
     Args:
-        inputs_BJD: the last K − 1 inputs, oldest first.
+        inputs_BJD: the last (K − 1) · dilation inputs, oldest first.
         segments_BJ: their document numbers; 0 = padding, or nothing yet.
     """
 
@@ -24,11 +24,12 @@ class ConvState(NamedTuple):
 
 
 def empty_conv_state(
-    batch_size: int, channels: int, width: int, *, device: torch.device, dtype: torch.dtype
+    batch_size: int, channels: int, width: int, *, dilation: int = 1, device: torch.device, dtype: torch.dtype
 ) -> ConvState:
     """The state before the first position, for ``channels`` channels and kernels of ``width`` taps."""
-    inputs_BJD = torch.zeros((batch_size, width - 1, channels), device=device, dtype=dtype)
-    return ConvState(inputs_BJD, torch.zeros((batch_size, width - 1), device=device, dtype=torch.int64))
+    length = (width - 1) * dilation
+    inputs_BJD = torch.zeros((batch_size, length, channels), device=device, dtype=dtype)
+    return ConvState(inputs_BJD, torch.zeros((batch_size, length), device=device, dtype=torch.int64))
 
 
 def behind_state(x_BTD: Tensor, segment_ids_BT: Tensor | None, state: ConvState) -> tuple[Tensor, Tensor, ConvState]:
@@ -57,9 +58,10 @@ def causal_conv(
     segment_ids_BT: Int[Tensor, "B T"] | None = None,
     state: ConvState | None = None,
     *,
+    dilation: int = 1,
     kernels: Literal["auto", "reference"] = "auto",
 ) -> tuple[Float[Tensor, "B T D"], ConvState | None]:
-    """``y[t] = bias + Σ_i weight[:, i] ⊙ x[t − K + 1 + i]`` over the inputs of position t's own document.
+    """``y[t] = bias + Σ_i weight[:, i] ⊙ x[t − (K − 1 − i) · dilation]`` over the inputs of t's own document.
 
     An input of another document, of padding or before the first one counts as zero; padding itself gives the bias.
 
@@ -69,18 +71,19 @@ def causal_conv(
         bias_D: added everywhere; None = nothing.
         segment_ids_BT: document numbers, 0 = padding; None = one document (number 1) and no padding.
         state: the T positions continue what it has seen; None = they are the first.
+        dilation: positions from one tap to the next.
         kernels: ``reference`` forces the plain form.
 
     Returns:
         The sums in the dtype of x (products and sums are made in the wider of the dtypes of x and weight), and the
         state after the last position (None without one before).
     """
-    width = weight_DK.shape[1]
+    reach = (weight_DK.shape[1] - 1) * dilation
     if state is not None:
         x_BTD, segment_ids_BT, state = behind_state(x_BTD, segment_ids_BT, state)
     form = reference_conv if kernels == "reference" else shifted_conv
-    y_BTD = form(x_BTD, weight_DK, bias_D, segment_ids_BT, ahead=0)
-    return (y_BTD if state is None else y_BTD[:, width - 1 :]), state
+    y_BTD = form(x_BTD, weight_DK, bias_D, segment_ids_BT, ahead=0, dilation=dilation)
+    return (y_BTD if state is None else y_BTD[:, reach:]), state
 
 
 def centred_conv(
@@ -89,26 +92,35 @@ def centred_conv(
     bias_D: Float[Tensor, " D"] | None = None,
     segment_ids_BT: Int[Tensor, "B T"] | None = None,
     *,
+    dilation: int = 1,
     kernels: Literal["auto", "reference"] = "auto",
 ) -> Float[Tensor, "B T D"]:
     """As `causal_conv`, looking as far ahead as back: tap K // 2 belongs to the position itself."""
     form = reference_conv if kernels == "reference" else shifted_conv
-    return form(x_BTD, weight_DK, bias_D, segment_ids_BT, ahead=(weight_DK.shape[1] - 1) // 2)
+    ahead = (weight_DK.shape[1] - 1) // 2 * dilation
+    return form(x_BTD, weight_DK, bias_D, segment_ids_BT, ahead=ahead, dilation=dilation)
 
 
 def shifted_conv(
-    x_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, segment_ids_BT: Tensor | None, *, ahead: int
+    x_BTD: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor | None,
+    segment_ids_BT: Tensor | None,
+    *,
+    ahead: int,
+    dilation: int = 1,
 ) -> Tensor:
     """The sum, tap by tap, of shifted inputs; the last tap reads ``ahead`` positions later."""
     T, width = x_BTD.shape[1], weight_DK.shape[1]
-    around = (width - 1 - ahead, ahead)
+    around = ((width - 1) * dilation - ahead, ahead)
     padded_BSD = F.pad(x_BTD, (0, 0, *around))
     segments_BS = None if segment_ids_BT is None else F.pad(segment_ids_BT, around)
     y_BTD = None if bias_D is None else bias_D.expand(x_BTD.shape)
     for tap in range(width):
-        now_BTD = padded_BSD[:, tap : tap + T]
+        first = tap * dilation
+        now_BTD = padded_BSD[:, first : first + T]
         if segments_BS is not None and segment_ids_BT is not None:
-            same_BT = (segments_BS[:, tap : tap + T] == segment_ids_BT) & (segment_ids_BT != 0)
+            same_BT = (segments_BS[:, first : first + T] == segment_ids_BT) & (segment_ids_BT != 0)
             now_BTD = now_BTD.masked_fill(~same_BT[..., None], 0.0)
         weight_D = weight_DK[:, tap]
         y_BTD = now_BTD * weight_D if y_BTD is None else torch.addcmul(*_alike(y_BTD, now_BTD, weight_D))
@@ -125,13 +137,20 @@ def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def reference_conv(
-    x_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, segment_ids_BT: Tensor | None, *, ahead: int
+    x_BTD: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor | None,
+    segment_ids_BT: Tensor | None,
+    *,
+    ahead: int,
+    dilation: int = 1,
 ) -> Tensor:
     """The definition: every pair of positions, the tap that joins them, and whether they share a document."""
     T, width = x_BTD.shape[1], weight_DK.shape[1]
     index_T = torch.arange(T, device=x_BTD.device)
-    tap_TS = index_T[None, :] - index_T[:, None] + (width - 1 - ahead)
-    joined_BTS = ((tap_TS >= 0) & (tap_TS < width))[None]
+    place_TS = index_T[None, :] - index_T[:, None] + (width - 1) * dilation - ahead
+    tap_TS = place_TS.div(dilation, rounding_mode="floor")
+    joined_BTS = ((tap_TS >= 0) & (tap_TS < width) & (place_TS % dilation == 0))[None]
     if segment_ids_BT is not None:
         same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
         joined_BTS = joined_BTS & same_BTS & (segment_ids_BT != 0)[:, :, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,20 +59,15 @@ def int8_rows(x: Tensor) -> Quantised:
     return Quantised((wide / scale).round().clamp(-127, 127), scale)
 
 
-class _StraightThrough(torch.autograd.Function):
+def _straight_through(x: Tensor, quantised: Quantised, share: Tensor | None) -> Tensor:
     """``x`` moved ``share`` of the way to its quantised value; the gradient passes as if nothing had happened."""
-
-    @staticmethod
-    def forward(_ctx: Any, x: Tensor, share: Tensor | None, kind: Literal["ternary", "int8"]) -> Tensor:
-        quantised = ternary(x) if kind == "ternary" else int8_rows(x)
-        if share is None:
-            return quantised.value(x.dtype)
-        wide = x.to(quantised.codes.dtype)  # lerp gives its ends exactly
-        return torch.lerp(wide, quantised.value(wide.dtype), share.to(wide.dtype)).to(x.dtype)
-
-    @staticmethod
-    def backward(_ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grads[0], None, None
+    if share is None:
+        value = quantised.value(x.dtype)
+    else:  # lerp gives its ends exactly
+        wide = x.detach().to(quantised.codes.dtype)
+        value = torch.lerp(wide, quantised.value(wide.dtype), share.to(wide.dtype)).to(x.dtype)
+    # what is added is exactly zero; a custom function would do without, and cannot be traced without warnings
+    return value + (x - x.detach()) if torch.is_grad_enabled() else value
 
 
 def fake_ternary(weight: Tensor, share: Tensor | None = None) -> Tensor:
@@ -82,12 +77,12 @@ def fake_ternary(weight: Tensor, share: Tensor | None = None) -> Tensor:
         weight: [..., out, in], one matrix or a batch of them.
         share: scalar λ in [0, 1]: ``(1 − λ) · weight + λ · quantised``, exact at both ends; None = 1.
     """
-    return _StraightThrough.apply(weight, share, "ternary")  # pyright: ignore[reportReturnType]
+    return _straight_through(weight, ternary(weight.detach()), share)
 
 
 def fake_int8_rows(x: Tensor, share: Tensor | None = None) -> Tensor:
     """The value of `int8_rows`, with the gradient of the identity; ``share`` as in `fake_ternary`."""
-    return _StraightThrough.apply(x, share, "int8")  # pyright: ignore[reportReturnType]
+    return _straight_through(x, int8_rows(x.detach()), share)
 
 
 def pack_codes(codes: Tensor) -> Tensor:

@@ -16,31 +16,44 @@ from graft.shapes import Float, Int
 class ShortConv(nn.Module):
     """A depthwise convolution over positions: one kernel of K taps per channel (`graft.ops.short_conv`).
 
-    Weights start normal with standard deviation ``(3 K)^(−1/2)``, that of PyTorch's convolutions; the bias at zero.
+    Weights start normal with standard deviation ``(3 K)^(−1/2)``, that of PyTorch's convolutions, or at zero; the bias
+    at zero.
 
     Args:
         channels: channels in and out.
         width: taps (K).
         bias: add a learned bias.
         causal: False = centred.
+        dilation: positions from one tap to the next.
+        zero_init: start at zero.
     """
 
     role: Role = "conv"
 
-    def __init__(self, channels: int, width: int, *, bias: bool = False, causal: bool = True):
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        *,
+        bias: bool = False,
+        causal: bool = True,
+        dilation: int = 1,
+        zero_init: bool = False,
+    ):
         super().__init__()
-        self.causal = causal
+        self.causal, self.dilation, self.zero_init = causal, dilation, zero_init
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
     def init_parameters(self, rng: Rng) -> None:
-        normal_(self.weight, (3 * self.weight.shape[1]) ** -0.5, rng("weight"))
+        std = 0.0 if self.zero_init else (3 * self.weight.shape[1]) ** -0.5
+        normal_(self.weight, std, rng("weight"))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def empty_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> ConvState:
         """The state before the first position."""
-        return empty_conv_state(batch_size, *self.weight.shape, device=device, dtype=dtype)
+        return empty_conv_state(batch_size, *self.weight.shape, dilation=self.dilation, device=device, dtype=dtype)
 
     def forward(
         self,
@@ -51,7 +64,8 @@ class ShortConv(nn.Module):
         kernels: Literal["auto", "reference"] = "auto",
     ) -> tuple[Tensor, ConvState | None]:
         """The convolution [B, T, D] and the state after the last position (None without one before)."""
+        dilation = self.dilation
         if self.causal:
-            return causal_conv(x_BTD, self.weight, self.bias, segment_ids_BT, state, kernels=kernels)
+            return causal_conv(x_BTD, self.weight, self.bias, segment_ids_BT, state, dilation=dilation, kernels=kernels)
         assert state is None, "an encoder has no state"
-        return centred_conv(x_BTD, self.weight, self.bias, segment_ids_BT, kernels=kernels), None
+        return centred_conv(x_BTD, self.weight, self.bias, segment_ids_BT, dilation=dilation, kernels=kernels), None
