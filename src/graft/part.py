@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from graft.config.families import LinearConfig, NormConfig, PartConfig
 from graft.config.model import InitConfig
 from graft.config.roles import DENSE_ROLES, Role
+from graft.data.tokenizers.base import Tokenizer
 from graft.linears.dense_config import DenseConfig
 from graft.linears.packed_ternary import PackedTernary
 
@@ -62,6 +63,7 @@ class Site:
         init: the model's initialisation.
         linears: kinds of linear map by role, which win over ``linear``.
         shared: what parts of several layers share, owned by the model.
+        vocab_size: token ids there are; None outside a model.
     """
 
     hidden_size: int
@@ -74,6 +76,7 @@ class Site:
     init: InitConfig
     linears: Mapping[Role, LinearConfig] = field(default_factory=dict[Role, LinearConfig])
     shared: SharedModules = field(default_factory=SharedModules)
+    vocab_size: int | None = None
 
     def linear_of(self, role: Role) -> LinearConfig:
         """The kind of the linear maps of a role: what ``model.linears`` says, else dense for `DENSE_ROLES`, else the
@@ -143,7 +146,8 @@ class PartOutput(NamedTuple):
         aux: named differentiable *sums* over positions that the objective may add to the loss (never means).
         published: tensors for later parts of the same forward, by name.
         usage: detached int64 counts [E] of how often each expert, chapter, … was chosen, by what is counted
-            ("experts"). Only while training. `Part.after_update` gets the step's sums; telemetry reads them.
+            ("experts"). Only while training. `Part.after_update` gets the step's sums; telemetry reads them. Detached
+            floating-point sums are for `Part.after_update` alone (moments, for running statistics).
     """
 
     y: Tensor
@@ -219,6 +223,15 @@ class CountsUpdates(Protocol):
 
     def count_update(self) -> None:
         """Called once after each optimizer update that was made."""
+        ...
+
+
+@runtime_checkable
+class UsesTokenizer(Protocol):
+    """A module that depends on the texts of token ids. What it takes from them must be a persistent buffer."""
+
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Called once, before training."""
         ...
 
 

@@ -207,6 +207,12 @@ def test_resumed_equals_uninterrupted(tiny, tmp_path, inject, monkeypatch, preci
     assert lines(tmp_path / "pieces" / "metrics.jsonl") == lines(tmp_path / "whole" / "metrics.jsonl")
 
 
+def test_moments_are_no_counts():
+    memory = UsageMemory()
+    memory.add(1, {"experts": torch.tensor([1, 0]), "query_moments": torch.ones(3, 2)})
+    assert list(memory.names()) == ["experts"]
+
+
 # ---------------------------------------------------------------------- several processes
 
 
@@ -218,8 +224,14 @@ def test_one_process_keeps_its_counts():
 def rank_of_two(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
-        usage = {"a": torch.tensor([1, 2]) + 10 * rank, "b": torch.tensor([5 * rank])}
+        usage = {
+            "a": torch.tensor([1, 2]) + 10 * rank,
+            "moments": torch.tensor([[0.5 * rank]]),
+            "b": torch.tensor([5 * rank]),
+        }
         summed = summed_over_ranks(usage)
+        assert list(summed) == list(usage)
+        assert (summed["a"].dtype, summed["moments"].tolist()) == (torch.int64, [[0.5]])
         assert summed["a"].tolist() == [12, 14]
         assert summed["b"].tolist() == [5]
         assert usage["a"].tolist() == [1 + 10 * rank, 2 + 10 * rank]

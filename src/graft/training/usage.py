@@ -54,10 +54,14 @@ def summed_over_ranks(usage: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Counts of all training processes together; every process has the same names. One process: the counts."""
     if not usage or not dist.is_available() or not dist.is_initialized():
         return dict(usage)
-    joint = torch.cat([counts.flatten() for counts in usage.values()])
-    dist.all_reduce(joint)
-    parts = joint.split([counts.numel() for counts in usage.values()])
-    return {name: part.view_as(counts) for (name, counts), part in zip(usage.items(), parts, strict=True)}
+    summed: dict[str, Tensor] = {}
+    for dtype in sorted({sums.dtype for sums in usage.values()}, key=str):
+        alike = {name: sums for name, sums in usage.items() if sums.dtype == dtype}
+        joint = torch.cat([sums.flatten() for sums in alike.values()])
+        dist.all_reduce(joint)
+        parts = joint.split([sums.numel() for sums in alike.values()])
+        summed |= {name: part.view_as(sums) for (name, sums), part in zip(alike.items(), parts, strict=True)}
+    return {name: summed[name] for name in usage}
 
 
 class UsageMemory:
@@ -73,8 +77,10 @@ class UsageMemory:
         self.last_chosen: dict[str, Tensor] = {}
 
     def add(self, step: int, usage: Mapping[str, Tensor]) -> None:
-        """Adds the counts of step number ``step`` (from 1), by name."""
+        """Adds the counts of step number ``step`` (from 1), by name; sums that are no counts are passed over."""
         for name, counts_E in usage.items():
+            if counts_E.is_floating_point():
+                continue
             if name not in self.counts:
                 self.counts[name] = torch.zeros_like(counts_E)
             if name not in self.last_chosen:
