@@ -72,6 +72,17 @@ def _tables(kind: str) -> st.SearchStrategy[dict[str, Any]]:
 
 
 @st.composite
+def _embeddings(draw: st.DrawFn) -> dict[str, Any]:
+    return {
+        "size": draw(st.sampled_from([None, None, 6])),
+        "scale": draw(st.sampled_from(["none", "sqrt_hidden_size", 2.0])),
+        "conv": draw(st.sampled_from([None, {"kernel_size": 3}, {"kernel_size": 4, "depthwise": True}])),
+        "token_type": draw(st.booleans()),
+        "norm": draw(st.sampled_from([None, {"type": "rms_norm"}])),
+    }
+
+
+@st.composite
 def compositions(draw: st.DrawFn) -> dict[str, Any]:
     """A small random network: any parts, norms, positions, placements, loops, in any layout; see `composed`."""
     placements = st.sampled_from(["pre", "post", "sandwich", "output"])
@@ -81,8 +92,8 @@ def compositions(draw: st.DrawFn) -> dict[str, Any]:
         if "position" in table:
             table["position"] = draw(_tables("position"))
         if draw(st.booleans()):
-            table["norm_placement"] = draw(placements)
-        if draw(st.integers(0, 3)) == 0:
+            table["norm_placement"] = draw(placements | st.just("none"))
+        if draw(st.integers(0, 3)) == 0 and table.get("norm_placement") != "none":
             table["norm"] = draw(_tables("norm"))
         if draw(st.integers(0, 3)) == 0:
             table["layer_scale"] = 0.5
@@ -99,13 +110,15 @@ def compositions(draw: st.DrawFn) -> dict[str, Any]:
         "norm": draw(_tables("norm")),
         "norm_placement": draw(placements),
         "residual_scale": draw(st.sampled_from([1.0, 0.5])),
-        "embedding": {"scale": draw(st.sampled_from(["none", "sqrt_hidden_size", 2.0]))},
+        "embedding": draw(_embeddings()),
         "blocks": blocks,
         "layout": list(layout),
         "head": {
             "tie_word_embeddings": draw(st.booleans()),
             "logit_softcap": draw(st.sampled_from([None, 5.0])),
             "pad_vocab_to_multiple_of": draw(st.sampled_from([1, 8])),
+            "transform": draw(st.sampled_from([None, None, {"norm": {"type": "layer_norm"}}])),
+            "bias": draw(st.booleans()),
         },
         "init": {"residual": draw(st.sampled_from(["none", "depth"]))},
     }

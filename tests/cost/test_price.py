@@ -182,6 +182,8 @@ def test_an_encoder_is_priced_although_its_objective_refuses_it() -> None:
     decoder, encoder = price(experiment()), price(experiment("model.bidirectional=true"))
     assert encoder.memory_bytes.total > encoder.memory_bytes.weights + encoder.memory_bytes.gradients
     assert encoder.memory_bytes.optimizer == decoder.memory_bytes.optimizer
+    assert (encoder.state_bytes, {part.state_bytes for part in encoder.parts}) == (0, {0})
+    assert decoder.state_bytes > 0
     pairs = 2 * 2 * 32 * (24 - (24 + 1) / 2)  # those after a query, in each of two layers
     assert encoder.flops_per_token.forward == pytest.approx(decoder.flops_per_token.forward + 2 * pairs)
 

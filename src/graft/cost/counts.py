@@ -45,8 +45,8 @@ def outermost_parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
 
 
 def part_costs(model: Model, seq_len: int, state_dtype: torch.dtype) -> list[PartCost]:
-    """The cost of each part of ``model`` for documents of ``seq_len`` positions."""
-    loops = model.config.loops
+    """The cost of each part of ``model`` for documents of ``seq_len`` positions. An encoder has no decode state."""
+    loops, decodes = model.config.loops, not model.config.bidirectional
     return [
         PartCost(
             name=name,
@@ -54,7 +54,7 @@ def part_costs(model: Model, seq_len: int, state_dtype: torch.dtype) -> list[Par
             parameters=sum(p.numel() for p in part.parameters()),
             active_parameters=part.active_parameters(),
             forward_flops_per_token=loops * part.flops_per_token(seq_len),
-            state_bytes=loops * part.state_bytes(seq_len, state_dtype),
+            state_bytes=loops * part.state_bytes(seq_len, state_dtype) if decodes else 0,
         )
         for name, part in outermost_parts(model)
     ]
