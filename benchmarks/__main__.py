@@ -20,6 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"any of {', '.join(names())}; none = all")
     parser.add_argument("--rounds", type=int, default=5, help="counted turns of each variant")
+    parser.add_argument("--steps", type=int, help="updates, for the benchmarks that train presets; none = their own")
     parser.add_argument("--data", type=Path, help="a text file for the benchmarks that train on one")
     args = parser.parse_args()
     unknown = set(args.names) - set(names())
