@@ -42,7 +42,7 @@ def build(experiment: Experiment, *, device: torch.device | str = "cpu") -> Mode
     """The untrained model of an experiment; ``model(input_ids)`` gives logits.
 
     The vocabulary is ``model.vocab_size``, or the tokenizer's. A tokenizer that is trained on the data has to be
-    trained first: then the data is prepared (and kept in ``runtime.cache_dir``).
+    trained first, where the model needs it: then the data is prepared (and kept in ``runtime.cache_dir``).
 
     Args:
         experiment: from `load`.
@@ -53,16 +53,18 @@ def build(experiment: Experiment, *, device: torch.device | str = "cpu") -> Mode
     """
     from graft.model import build_model
 
-    return build_model(experiment.model, _vocab_size(experiment), seed=experiment.seed, device=device)
+    vocab_size = experiment.model.vocab_size or _tokenizer(experiment).vocab_size
+    model = build_model(experiment.model, vocab_size, seed=experiment.seed, device=device)
+    if model.uses_tokenizer():
+        model.use_tokenizer(_tokenizer(experiment))
+    return model
 
 
-def _vocab_size(experiment: Experiment) -> int:
+def _tokenizer(experiment: Experiment) -> Tokenizer:
     from graft.data.prepare import prepare
 
-    if experiment.model.vocab_size is not None:
-        return experiment.model.vocab_size
     tokenizer = experiment.data.tokenizer.build()
-    return tokenizer.vocab_size if tokenizer.trained else prepare(experiment).vocab_size
+    return tokenizer if tokenizer.trained else prepare(experiment).tokenizer
 
 
 def train(

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from graft.config.families import LinearConfig
 from graft.config.model import ModelConfig
 from graft.config.roles import ROLES
+from graft.data.tokenizers.base import Tokenizer
 from graft.errors import ConfigError
 from graft.initialization import initialize
 from graft.linears.dense_config import DenseConfig
@@ -20,7 +21,7 @@ from graft.linears.packed_ternary import PackedTernary
 from graft.network.block import Block, BlockOutput
 from graft.network.ends import Head, TokenEmbedding, padded_rows
 from graft.network.sequence import ModelState, positions_in_segments
-from graft.part import Context, CountsUpdates, Part, SharedModules, Site, add_sums
+from graft.part import Context, CountsUpdates, Part, ReadsTokenizer, SharedModules, Site, add_sums
 from graft.positions.base import TablePosition
 from graft.shapes import Float, Int
 
@@ -83,7 +84,7 @@ class Model(nn.Module):
         num_branches = config.loops * sum(len(parts) for parts in layers)
         self.embedding = TokenEmbedding(config, num_rows)
         self.layers = nn.ModuleList(
-            Block(parts, config, _site(config, layer_idx, num_branches, shared))
+            Block(parts, config, _site(config, vocab_size, layer_idx, num_branches, shared))
             for layer_idx, parts in enumerate(layers)
         )
         self.final_norm = config.norm.build(config.hidden_size) if config.final_norm else None
@@ -281,6 +282,16 @@ class Model(nn.Module):
         """What position modules compute from positions alone, once for all layers with equal keys."""
         return {key: position.tables(positions_BT) for key, position in self._table_positions.items()}
 
+    def uses_tokenizer(self) -> bool:
+        """Whether anything in the network depends on the texts of token ids."""
+        return any(isinstance(module, ReadsTokenizer) for module in self.modules())
+
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Tells the modules that depend on the texts of token ids (`ReadsTokenizer`); what they take is saved."""
+        for module in self.modules():
+            if isinstance(module, ReadsTokenizer):
+                module.read_tokenizer(tokenizer)
+
     def after_update(self, usage: Mapping[str, Tensor]) -> None:
         """Lets parts, and modules that count updates (`CountsUpdates`), react to an optimizer update.
 
@@ -326,7 +337,7 @@ class Model(nn.Module):
         return run(x_BTD, ctx)
 
 
-def _site(config: ModelConfig, layer_idx: int, num_branches: int, shared: SharedModules) -> Site:
+def _site(config: ModelConfig, vocab_size: int, layer_idx: int, num_branches: int, shared: SharedModules) -> Site:
     return Site(
         hidden_size=config.hidden_size,
         layer_idx=layer_idx,
@@ -338,6 +349,7 @@ def _site(config: ModelConfig, layer_idx: int, num_branches: int, shared: Shared
         init=config.init,
         shared=shared,
         linears=config.linears,
+        vocab_size=vocab_size,
     )
 
 

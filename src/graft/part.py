@@ -227,10 +227,10 @@ class CountsUpdates(Protocol):
 
 
 @runtime_checkable
-class UsesTokenizer(Protocol):
+class ReadsTokenizer(Protocol):
     """A module that depends on the texts of token ids. What it takes from them must be a persistent buffer."""
 
-    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+    def read_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Called once, before training."""
         ...
 

@@ -163,6 +163,7 @@ class Session:
         precision = Precision(experiment.precision, device)
         prepared = prepare(experiment)
         model = build_model(experiment.model, prepared.vocab_size, seed=experiment.seed, device=device)
+        model.use_tokenizer(prepared.tokenizer)
         model.set_runtime(
             compile=experiment.runtime.compile,
             activation_checkpointing=experiment.runtime.activation_checkpointing,
