@@ -33,8 +33,10 @@ def normal_(tensor: torch.Tensor, std: float, generator: torch.Generator) -> Non
     """Fills ``tensor`` with N(0, std²), drawn on the CPU in fp32: equal on every device, in every dtype."""
     if tensor.device.type == "meta":
         return
-    drawn = torch.empty(tensor.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
-    tensor.copy_(drawn)
+    if tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous():
+        tensor.normal_(0.0, std, generator=generator)  # without a copy: a table may be half of the memory there is
+    else:
+        tensor.copy_(torch.empty(tensor.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
 
 
 @torch.no_grad()
