@@ -109,6 +109,8 @@ def quantize_banks(model: nn.Module, bits: Bits, group_size: int | None = None) 
         raise ConfigError("the model has no memory bank", where="--memory-bits", fix="leave it out")
     how = BankQuantizationConfig(bits=bits, group_size=group_size)
     for bank in found:
+        if bank.bits is not None:
+            raise ConfigError(f"the bank is rounded already, to {bank.bits} bits", where="--memory-bits")
         for problem in quantization_problems(how, bank.width):
             raise ConfigError(problem.message, where="--memory-bits", fix=problem.fix)
     before = sum(bank.num_bytes() for bank in found)

@@ -1,0 +1,124 @@
+"""Runs with memories: banks rounded after training or while training, and the marks of a run that leaks the future."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from graft import api
+from graft.cli.main import run as command
+from graft.config.model import ModelConfig
+from graft.contracts.subject import loud
+from graft.errors import ConfigError, ExitCode
+from graft.memories.bank import banks, quantize_banks
+from graft.model import Model, build_model
+from graft.training.load import load_run
+from graft.training.manifest import read_manifest
+from tiny_run import lines, tiny
+
+MEMORY = (
+    "{type: memory_bank, num_slots: 16, num_heads: 2, num_chapters: 4, top_k_chapters: 2, routing: sequence, "
+    "allow_noncausal_routing: true}"
+)
+ATTENTION = "{type: attention, num_heads: 2, position: {type: rope}}"
+
+
+@pytest.fixture(scope="module")
+def leaky(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run whose memory is routed by the whole sequence."""
+    place = tmp_path_factory.mktemp("leaky")
+    api.train(
+        tiny(place, f"model.blocks.main=[{ATTENTION}, {MEMORY}]", "training.max_steps=4"),
+        out=place / "run",
+        stream=io.StringIO(),
+    )
+    return place / "run"
+
+
+def test_every_number_of_a_leaky_run_is_marked(leaky: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = lines(leaky / "metrics.jsonl")
+    assert {line["kind"] for line in metrics} >= {"train", "eval"}
+    assert all(line["leaks_future"] is True for line in metrics)
+    assert read_manifest(load_run(leaky).checkpoint).metadata["leaks_future"] is True
+    assert command(["eval", str(leaky), "--validation", "--json", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["leaks_future"] is True
+    assert command(["report", str(leaky)]) == 0
+    assert "reads the future" in (leaky / "report.html").read_text()
+    assert "reads the future" in (leaky / "train.log").read_text()
+
+
+def test_a_run_without_a_leak_is_not_marked(tmp_path: Path) -> None:
+    api.train(tiny(tmp_path, "training.max_steps=2"), out=tmp_path / "run", stream=io.StringIO())
+    assert not any("leaks_future" in line for line in lines(tmp_path / "run" / "metrics.jsonl"))
+    assert "leaks_future" not in read_manifest(load_run(tmp_path / "run").checkpoint).metadata
+
+
+def test_eval_says_what_rounding_costs(leaky: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["eval", str(leaky), "--validation", "--device", "cpu"]
+    assert command([*base, "--memory-bits", "4", "--memory-group-size", "8", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["rounded"]["memory_bits"] == 4
+    assert report["memory_bytes"] == 16 * 32 * 4
+    assert report["rounded"]["memory_bytes"] == 16 * 32 // 2 + 16 * (32 // 8) * 4
+    assert report["rounded"]["loss"] == pytest.approx(report["loss"], rel=1e-2)
+    assert report["rounded"]["loss"] != report["loss"]
+    assert report["rounded"]["leaks_future"] is True
+    assert command([*base, "--memory-bits", "8"]) == 0
+    said = capsys.readouterr().out
+    assert "rounded:" in said
+    assert said.count("perplexity") == 2
+    assert command([*base, "--memory-bits", "5"]) == ExitCode.CONFIG
+    assert command([*base, "--memory-group-size", "8"]) == ExitCode.CONFIG
+    assert command([*base, "--memory-bits", "8", "--memory-group-size", "7"]) == ExitCode.CONFIG
+
+
+def model(**fields: Any) -> Model:
+    memory = {"type": "memory_bank", "num_slots": 12, "num_heads": 2, **fields}
+    blocks = {"b": [memory, {"type": "mlp", "intermediate_size": 8}]}
+    config = {"hidden_size": 8, "num_layers": 3, "norm": {"type": "rms_norm"}, "blocks": blocks}
+    made = build_model(ModelConfig.model_validate(config), 19, seed=0)
+    loud(made, 0)
+    return made
+
+
+@pytest.mark.parametrize("fields", [{}, {"sharing": "per_layer"}, {"low_rank_mode": "factorized", "rank": 4}])
+def test_more_bits_and_smaller_groups_are_closer(fields: dict[str, Any]) -> None:
+    ids, errors = torch.randint(19, (2, 9)), []
+    exact = model(**fields)
+    for bits, group_size in ((8, None), (4, 2), (4, None)):
+        rounded = model(**fields)
+        before, after = quantize_banks(rounded, bits, group_size)
+        assert after < before
+        pairs = zip(banks(rounded), banks(exact), strict=True)
+        errors.append(sum((a.rows() - b.rows()).square().sum().item() for a, b in pairs))
+        assert not torch.equal(rounded(ids), exact(ids))
+    assert 0 < errors[0] < errors[1] < errors[2]
+
+
+def test_training_with_rounded_slots_computes_what_the_converted_bank_does() -> None:
+    trained = model(quantization={"bits": 4, "group_size": 4})
+    ids = torch.randint(19, (2, 9))
+    rounded = trained(ids)
+    assert not torch.equal(rounded, model()(ids))
+    rounded.square().sum().backward()
+    assert all(bank.slots.grad is not None and bank.slots.grad.all() for bank in banks(trained))
+    quantize_banks(trained, 4, 4)
+    torch.testing.assert_close(trained(ids), rounded, rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_rounded() -> None:
+    with pytest.raises(ConfigError, match="groups of 3 do not divide 8"):
+        quantize_banks(model(), 8, 3)
+    with pytest.raises(ConfigError, match="even width, not 3"):
+        quantize_banks(model(low_rank_mode="factorized", rank=3), 4)
+    with pytest.raises(ConfigError, match="no memory bank"):
+        quantize_banks(torch.nn.Linear(2, 2), 8)
+    converted = model()
+    quantize_banks(converted, 8)
+    with pytest.raises(ConfigError, match="rounded already"):
+        quantize_banks(converted, 4)
