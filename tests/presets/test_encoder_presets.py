@@ -222,9 +222,11 @@ def test_contracts_hold_at_reduced_width_of_hybrids(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # pricing an ODE rehearses each of its evaluations, on a busy machine for minutes
 @pytest.mark.parametrize("name", SIZES)
 def test_they_run_and_have_a_price_at_full_width(name: str) -> None:
-    experiment = load(name)
+    micro = load(name).micro_batch_size
+    experiment = load(name, f"training.global_batch_size={micro}")  # one micro-batch to rehearse instead of two
     report = price(experiment)
     assert report.parameters.total == SIZES[name]
     assert report.memory_bytes.total > 16 * SIZES[name]  # weights, gradients, two moments
