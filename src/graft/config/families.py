@@ -51,6 +51,14 @@ class LinearConfig(VariantConfig):
     """The kind of the linear maps inside parts."""
 
     family = "linear"
+    operands: ClassVar[str | None] = None
+    """``package.module:Class`` of a module ``(x, W) -> (x, W)`` after which the map is a plain product: for parts that
+    multiply by many matrices at once (experts). None = the kind is no such product."""
+
+    def build_operands(self, in_features: int) -> Any:
+        """What makes the operands of products with matrices of ``in_features`` columns."""
+        assert self.operands is not None, "the caller checked that the kind has operands"
+        return resolve(self.operands)(self, in_features)
 
 
 Norm = Annotated[NormConfig, Family("norm")]
@@ -65,7 +73,7 @@ class PartConfig(VariantConfig):
     """Anything that joins the residual stream. The fields here describe the branch around it, equal for all parts."""
 
     norm: Norm | None = knob(None, "norm of this branch; null = model.norm", only_if=_WITH_NORM)
-    norm_placement: NormPlacement | Literal["none"] | None = knob(
+    norm_placement: Literal["pre", "post", "sandwich", "output", "none"] | None = knob(
         None,
         "pre: x + f(n(x)); post: n(x + f(x)); sandwich: x + n2(f(n1(x))); output: x + n(f(x)); none: x + f(x), as in "
         "ModernBERT's first layer, whose input is normed already; null = model's",
