@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from graft.config.model import InitConfig, ModelConfig
 from graft.contracts.subject import loud
 from graft.initialization import initialize
+from graft.linears.bitlinear_config import BitLinearConfig
 from graft.linears.dense_config import DenseConfig
 from graft.memories.bank import banks
 from graft.memories.memory_bank import MemoryBank
@@ -98,22 +100,30 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def in_order(part: MemoryBank, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part reads its slots in one of the ways it has, whatever the number of positions would suggest."""
+    part.kernels = "reference" if order == "reference" else "auto"
+    monkeypatch.setattr(MemoryBank, "_absorbs", lambda *_: order == "absorbed")
+
+
+@pytest.mark.parametrize("order", ["projected", "absorbed", "reference"])
 @pytest.mark.parametrize("form", FORMS)
-def test_equals_torch_attention(form: str, kernels: Any) -> None:
+def test_equals_torch_attention(form: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     part = memory(**FORMS[form])
-    part.kernels = kernels
+    in_order(part, order, monkeypatch)
     x = torch.randn(2, 5, D, dtype=torch.float64, requires_grad=True)
     theirs = torch_attention(part, x, slots_of(part)) @ matrix(part.o_proj).T
     same(part(x, context(x)).y, theirs, part, x)
 
 
-@pytest.mark.parametrize("kernels", ["auto", "reference"])
+@pytest.mark.parametrize("order", ["projected", "absorbed", "reference"])
 @pytest.mark.parametrize("T", [1, 30])  # few positions project only the chapters they read
 @pytest.mark.parametrize("fields", [{}, {"num_shared_chapters": 1, "routed_scaling_factor": 2.5}, FORMS["factorized"]])
-def test_chapters_equal_torch_attention_to_each(fields: dict[str, Any], T: int, kernels: Any) -> None:
+def test_chapters_equal_torch_attention_to_each(
+    fields: dict[str, Any], T: int, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     part = memory(**{**CHAPTERS, **fields}, router_aux_loss_coef=0.0)
-    part.kernels = kernels
+    in_order(part, order, monkeypatch)
     x = torch.randn(1, T, D, dtype=torch.float64, requires_grad=True)
     router, shared = part.router, part.settings.num_shared_chapters
     assert router is not None
@@ -276,6 +286,29 @@ def test_flops_equal_those_traced(form: str) -> None:
 def test_flops_of_chapters_equal_those_traced(fields: dict[str, Any], T: int) -> None:
     part = memory(**{**CHAPTERS, **fields})
     assert part.flops_per_token(T) == pytest.approx(traced(part, T), rel=0.01)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("chapters", [{}, CHAPTERS])
+def test_one_position_does_not_map_every_slot(form: str, chapters: dict[str, Any]) -> None:
+    """Decoding would else make all keys and values anew for every token."""
+    part = memory(**{**FORMS[form], **chapters, "num_slots": 400})
+    traced_flops = traced(part, 1)
+    assert part.flops_per_token(1) == pytest.approx(traced_flops, rel=0.01)
+    every_slot = sum(part.bank.flops(400, linear_flops(m), N * part.head_dim) for m in (part.k_proj, part.v_proj))
+    assert traced_flops < every_slot
+
+
+def test_maps_that_are_more_than_a_matrix_are_applied_to_the_slots() -> None:
+    config = memory_config(sharing="per_layer", num_slots=400)
+    part = config.build(replace(site(), linear=BitLinearConfig())).double()
+    initialize(part, seed=1)
+    loud(part, 0)
+    x = torch.randn(1, 1, D, dtype=torch.float64)
+    y = part(x, context(x)).y
+    part.kernels = "reference"
+    torch.testing.assert_close(y, part(x, context(x)).y, rtol=1e-10, atol=1e-11)
+    assert part.flops_per_token(1) == pytest.approx(traced(part, 1), rel=0.01)
 
 
 def test_active_parameters() -> None:

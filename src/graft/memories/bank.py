@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from graft.config.roles import Role
 from graft.errors import ConfigError
 from graft.initialization import Rng, normal_
+from graft.linears.dense import Dense
+from graft.linears.low_rank import LowRank
 from graft.memories.memory_bank_config import BankQuantizationConfig, MemoryBankConfig, quantization_problems
 from graft.ops.slot_quantization import Bits, QuantizedRows, dequantize_rows, fake_quantize_rows, quantize_rows
 
@@ -53,6 +55,13 @@ class Bank(nn.Module):
         The slots of a factorized bank are never formed: ``(A Bᵀ) Wᵀ = A (W B)ᵀ``.
         """
         return linear(rows) if self.basis is None else rows @ linear(self.basis)
+
+    def factors(self, linear: nn.Module) -> list[Tensor] | None:
+        """Matrices F with ``read(rows, linear) = rows F₁ … Fₖ``; None where the map is more than matrices."""
+        before = [] if self.basis is None else [self.basis]
+        if isinstance(linear, LowRank):
+            return [*before, linear.down.weight.T, linear.up.weight.T]
+        return [*before, linear.weight.T] if type(linear) is Dense else None
 
     def flops(self, num_rows: int, map_flops: int, out_features: int) -> int:
         """Matrix-product FLOPs of `read`.

@@ -12,6 +12,7 @@ from graft.memories.bank import Bank
 from graft.memories.chapter_router import ChapterRouter, Choice
 from graft.memories.memory_bank_config import MemoryBankConfig
 from graft.memories.pooling import PoolState
+from graft.ops.absorbed import absorb, absorbed_flops, expand
 from graft.ops.attention import attention
 from graft.ops.chapter_attention import chapter_attention
 from graft.ops.routing import count
@@ -75,12 +76,13 @@ class MemoryBank(Part):
     without norms between them. The balance loss is divided by the number of choices (alike = 1); all router losses are
     taken row by row, weighted by the row's positions, and added up over layers, so that micro-batches add up.
 
-    Many queries are grouped by chapter (`graft.ops.chapter_attention`); where positions are fewer than chapters, as in
-    decoding, only the chapters they read are projected. A bank may be shared between layers: the model owns it once.
+    Many queries are grouped by chapter (`graft.ops.chapter_attention`). Few of them, as in decoding, read the slots as
+    they are: the maps to keys and values move over to queries and outputs (`graft.ops.absorbed`), where that takes
+    fewer products. A bank may be shared between layers: the model owns it once.
 
     State: of token routing none; of the others a few columns of E scores (`graft.memories.pooling`). FLOPs: the maps
     of each position, 4·N·H per slot it reads, and the keys and values of the chapters read, made once per forward
-    pass: counted for one document, shared by all of a micro-batch.
+    pass: counted for one document, shared by all of a micro-batch; or what the other order takes, if that is less.
 
     Args:
         config: what is computed.
@@ -126,11 +128,11 @@ class MemoryBank(Part):
         aux: dict[str, Tensor] = {}
         usage: dict[str, Tensor] = {}
         if self.router is None:
-            o_XNH = self._read_all(q_XNH)
+            o_XNH = self._read(q_XNH, None)
         else:
             decoding = state is not None
             choice, state = self.router(x_BTD, ctx.segment_ids_BT, state, kernels=self.kernels)
-            o_XNH = self._read_chapters(q_XNH, choice)
+            o_XNH = self._read(q_XNH, choice)
             real_BT = _real(x_BTD, ctx)
             if not decoding:
                 aux = self.router.losses(choice, real_BT)
@@ -145,44 +147,50 @@ class MemoryBank(Part):
     def _dropout(self) -> float:
         return self.settings.attention_dropout if self.training else 0.0
 
-    def _keys_values(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of some of the bank's rows [..., M, W]: [..., M, N, H] each."""
+    def _read(self, q_XNH: Tensor, choice: Choice | None) -> Tensor:
+        """What X queries read of the bank: [X, N, H]."""
+        rows = self.bank.rows()
+        factors = self._factors()
+        if factors is None or self.kernels == "reference" or not self._absorbs(q_XNH.shape[0]):
+            return self._attend(q_XNH, rows, choice, project=True)
+        keys, values = factors
+        return expand(self._attend(absorb(q_XNH, keys), rows, choice, project=False), values)
+
+    def _factors(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """What keys and values are the slots' products with, where they are."""
+        keys, values = self.bank.factors(self.k_proj), self.bank.factors(self.v_proj)
+        return None if keys is None or values is None else (keys, values)
+
+    def _attend(self, q_XNH: Tensor, rows_MW: Tensor, choice: Choice | None, *, project: bool) -> Tensor:
+        """Attention to the slots' keys and values, or (not ``project``) to the slots as they are, one for all heads."""
+        how = {"scale": self.head_dim**-0.5, "dropout": self._dropout(), "kernels": self.kernels}
+        if choice is None:
+            k_MKH, v_MKH = self._keys_values(rows_MW, project)
+            return attention(q_XNH[None], k_MKH[None], v_MKH[None], causal=False, **how)[0]
+        num_chapters = self.settings.num_chapters
+        assert num_chapters is not None
+        chapters_XC, weights_XC = self._chapters(choice)
+        rows_EMW = rows_MW.unflatten(0, (num_chapters, -1))
+        if project and chapters_XC.numel() < num_chapters and self.kernels != "reference":
+            rows_EMW = rows_EMW.index_select(0, chapters_XC.flatten())  # the only ones that are worth projecting
+            chapters_XC = torch.arange(chapters_XC.numel(), device=chapters_XC.device).view_as(chapters_XC)
+        return chapter_attention(q_XNH, *self._keys_values(rows_EMW, project), chapters_XC, weights_XC, **how)
+
+    def _keys_values(self, rows: Tensor, project: bool) -> tuple[Tensor, Tensor]:
+        """Keys and values of rows [..., M, W]: [..., M, K, H] each."""
+        if not project:
+            return rows.unsqueeze(-2), rows.unsqueeze(-2)
         return self._heads(self.bank.read(rows, self.k_proj)), self._heads(self.bank.read(rows, self.v_proj))
 
-    def _read_all(self, q_XNH: Tensor) -> Tensor:
-        k_MNH, v_MNH = self._keys_values(self.bank.rows())
-        return attention(
-            q_XNH[None],
-            k_MNH[None],
-            v_MNH[None],
-            scale=self.head_dim**-0.5,
-            causal=False,
-            dropout=self._dropout(),
-            kernels=self.kernels,
-        )[0]
-
-    def _read_chapters(self, q_XNH: Tensor, choice: Choice) -> Tensor:
-        """What X queries read of the shared and the chosen chapters."""
-        num_chapters, shared = self.settings.num_chapters, self.settings.num_shared_chapters
-        assert num_chapters is not None
+    def _chapters(self, choice: Choice) -> tuple[Tensor, Tensor]:
+        """Numbers [X, C] of all chapters that are read, the shared ones first, and their weights."""
+        shared = self.settings.num_shared_chapters
         chapters_XC, weights_XC = choice.chapters_BTC.flatten(0, 1) + shared, choice.weights_BTC.flatten(0, 1)
-        if shared:
-            always_XS = torch.arange(shared, device=chapters_XC.device).expand(chapters_XC.shape[0], -1)
-            chapters_XC = torch.cat((always_XS, chapters_XC), dim=1)
-            weights_XC = torch.cat((torch.ones_like(always_XS, dtype=weights_XC.dtype), weights_XC), dim=1)
-        rows_EMW = self.bank.rows().unflatten(0, (num_chapters, -1))
-        if chapters_XC.numel() < num_chapters and self.kernels != "reference":
-            rows_EMW = rows_EMW.index_select(0, chapters_XC.flatten())
-            chapters_XC = torch.arange(chapters_XC.numel(), device=chapters_XC.device).view_as(chapters_XC)
-        return chapter_attention(
-            q_XNH,
-            *self._keys_values(rows_EMW),
-            chapters_XC,
-            weights_XC,
-            scale=self.head_dim**-0.5,
-            dropout=self._dropout(),
-            kernels=self.kernels,
-        )
+        if not shared:
+            return chapters_XC, weights_XC
+        always_XS = torch.arange(shared, device=chapters_XC.device).expand(chapters_XC.shape[0], -1)
+        ones_XS = torch.ones_like(always_XS, dtype=weights_XC.dtype)
+        return torch.cat((always_XS, chapters_XC), dim=1), torch.cat((ones_XS, weights_XC), dim=1)
 
     def init_state(self, batch_size: int, max_len: int, *, device: torch.device, dtype: torch.dtype) -> State:
         """The pooling's, whatever ``max_len``."""
@@ -192,15 +200,29 @@ class MemoryBank(Part):
         return pooling.empty_state(batch_size, self.settings.routed_chapters, device=device, dtype=dtype)
 
     def flops_per_token(self, seq_len: int) -> float:
-        """The maps, 4·N·H per slot read, and a share of making keys and values for one document."""
-        config = self.settings
-        inner = config.num_heads * self.head_dim
-        each = linear_flops(self.q_proj) + linear_flops(self.o_proj) + 4 * inner * config.slots_read
+        """The maps of each position, and what reading takes for one document, in the cheaper order."""
+        each = linear_flops(self.q_proj) + linear_flops(self.o_proj)
         if self.router is not None:
-            each += 2 * self.width * config.routed_chapters
-        projected = min(config.slots, seq_len * config.slots_read)
-        once = sum(self.bank.flops(projected, linear_flops(m), inner) for m in (self.k_proj, self.v_proj))
-        return each + once / seq_len
+            each += 2 * self.width * self.settings.routed_chapters
+        return each + min(self._reading_flops(seq_len)) / seq_len
+
+    def _absorbs(self, num_positions: int) -> bool:
+        """Whether mapping queries and outputs takes less than mapping the slots."""
+        projected, absorbed = self._reading_flops(num_positions)
+        return absorbed < projected
+
+    def _reading_flops(self, num_positions: int) -> tuple[float, float]:
+        """FLOPs of `_read`: with keys and values made of the slots, and with slots read as they are."""
+        slots, inner = self.settings.slots_read, self.settings.num_heads * self.head_dim
+        made = min(self.settings.slots, num_positions * slots)
+        maps = sum(self.bank.flops(made, linear_flops(m), inner) for m in (self.k_proj, self.v_proj))
+        projected, factors = float(num_positions * 4 * inner * slots + maps), self._factors()
+        if factors is None:
+            return projected, float("inf")
+        heads = self.settings.num_heads
+        both = sum(absorbed_flops(chain, heads) for chain in factors)
+        absorbed = num_positions * (both + 4 * heads * self.bank.width * slots)
+        return projected, float(absorbed)
 
     def active_parameters(self) -> int:
         """All but the slots of its own bank that a position does not read (a shared bank is the model's)."""

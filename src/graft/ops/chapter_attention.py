@@ -16,8 +16,8 @@ BLOCKS_PER_CHAPTER = 4
 
 def chapter_attention(
     q_TNH: Float[Tensor, "T N H"],
-    k_EMNH: Float[Tensor, "E M N H"],
-    v_EMNH: Float[Tensor, "E M N H"],
+    k_EMKH: Float[Tensor, "E M K H"],
+    v_EMKH: Float[Tensor, "E M K H"],
     chapters_TC: Int[Tensor, "T C"],
     weights_TC: Float[Tensor, "T C"],
     *,
@@ -28,9 +28,9 @@ def chapter_attention(
     """``y[t] = Σ_c weights[t, c] · softmax(scale · k[e] q[t]) v[e]`` with ``e = chapters[t, c]``.
 
     Args:
-        q_TNH: queries of T positions.
-        k_EMNH: keys of the M slots of E chapters.
-        v_EMNH: values.
+        q_TNH: queries of T positions, N = K·G heads; head n reads key head n // G.
+        k_EMKH: keys of the M slots of E chapters.
+        v_EMKH: values.
         chapters_TC: the C different chapters that each position reads.
         weights_TC: of each; fp32 or wider, the sum is made in this dtype.
         scale: factor on q·k.
@@ -41,13 +41,13 @@ def chapter_attention(
         In the dtype of q (autocast's under autocast).
     """
     form = every_chapter if kernels == "reference" else grouped_by_chapter
-    return form(q_TNH, k_EMNH, v_EMNH, chapters_TC, weights_TC, scale=scale, dropout=dropout)
+    return form(q_TNH, k_EMKH, v_EMKH, chapters_TC, weights_TC, scale=scale, dropout=dropout)
 
 
 def every_chapter(
     q_TNH: Tensor,
-    k_EMNH: Tensor,
-    v_EMNH: Tensor,
+    k_EMKH: Tensor,
+    v_EMKH: Tensor,
     chapters_TC: Tensor,
     weights_TC: Tensor,
     *,
@@ -55,15 +55,15 @@ def every_chapter(
     dropout: float,
 ) -> Tensor:
     """The definition: every position reads every chapter, with weight 0 those that were not chosen for it."""
-    num_positions, num_chapters = q_TNH.shape[0], k_EMNH.shape[0]
+    num_positions, num_chapters = q_TNH.shape[0], k_EMKH.shape[0]
     weights_TE = weights_TC.new_zeros(num_positions, num_chapters).scatter(1, chapters_TC, weights_TC)
     total_TNH: Tensor | None = None
     dtype = q_TNH.dtype
     for e in range(num_chapters):
         read_TNH = attention(
             q_TNH[None],
-            k_EMNH[e][None],
-            v_EMNH[e][None],
+            k_EMKH[e][None],
+            v_EMKH[e][None],
             scale=scale,
             causal=False,
             dropout=dropout,
@@ -118,8 +118,8 @@ def blocks_of(chapter_X: Int[Tensor, " X"], num_chapters: int) -> Blocks:
 
 def grouped_by_chapter(
     q_TNH: Tensor,
-    k_EMNH: Tensor,
-    v_EMNH: Tensor,
+    k_EMKH: Tensor,
+    v_EMKH: Tensor,
     chapters_TC: Tensor,
     weights_TC: Tensor,
     *,
@@ -130,14 +130,14 @@ def grouped_by_chapter(
 
     Costs the chosen pairs of query and slot, and up to a share of 1 / `BLOCKS_PER_CHAPTER` more for padding.
     """
-    blocks = blocks_of(chapters_TC.flatten(), k_EMNH.shape[0])
+    blocks = blocks_of(chapters_TC.flatten(), k_EMKH.shape[0])
     num_blocks, choices = blocks.chapter_J.shape[0], chapters_TC.shape[1]
     q_XNH = q_TNH.repeat_interleave(choices, dim=0)
     empty = q_TNH.new_zeros(num_blocks * blocks.rows, *q_TNH.shape[1:])
     read = attention(
         empty.index_copy(0, blocks.place_X, q_XNH).unflatten(0, (num_blocks, blocks.rows)),
-        k_EMNH.index_select(0, blocks.chapter_J),
-        v_EMNH.index_select(0, blocks.chapter_J),
+        k_EMKH.index_select(0, blocks.chapter_J),
+        v_EMKH.index_select(0, blocks.chapter_J),
         scale=scale,
         causal=False,
         dropout=dropout,
