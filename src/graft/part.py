@@ -12,11 +12,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from graft.config.families import LinearConfig, NormConfig, PartConfig
+from graft.config.fields import tag_of
 from graft.config.model import InitConfig
+from graft.config.registry import variants
 from graft.config.roles import DENSE_ROLES, Role
 from graft.data.tokenizers.base import Tokenizer
+from graft.errors import ConfigError
 from graft.linears.dense_config import DenseConfig
 from graft.linears.packed_ternary import PackedTernary
+from graft.ops.kernels import Kernel
 
 State = Any
 """What a part hands to its own next call: a pytree of tensors (and ints). Opaque to everyone else."""
@@ -111,6 +115,27 @@ class Site:
             std /= self.num_branches**0.5
         return (config or self.linear_of(role)).build(in_features, out_features, bias=bias, role=role, init_std=std)
 
+    def make_operands(self, in_features: int, *, role: Role) -> nn.Module:
+        """``(x, W) -> (x, W)`` of the kind that the role has, for products with a batch of matrices (experts).
+
+        Args:
+            in_features: columns of the matrices.
+            role: theirs.
+
+        Raises:
+            ConfigError: maps of that kind are no such product.
+        """
+        config = self.linear_of(role)
+        if config.operands is None:
+            kinds = [tag for tag, kind in variants("linear").items() if getattr(kind, "operands", None)]
+            raise ConfigError(
+                f"matrices of the role '{role}' come many at once and cannot be of the kind '{tag_of(type(config))}'",
+                where=f"model.linears.{role}",
+                expected=f"one of the kinds {', '.join(kinds)}",
+                fix=f"set model.linears: {{{role}: {{type: dense}}}}, or another of them",
+            )
+        return config.build_operands(in_features)
+
     def make_norm(self, size: int, config: NormConfig | None = None) -> nn.Module:
         """A norm over a last axis of ``size`` channels; the model's kind unless ``config`` is given."""
         return (config or self.norm).build(size)
@@ -168,12 +193,14 @@ class Part(nn.Module):
     Attributes:
         config: what is computed.
         kernels: how: "auto" = the fastest form, "reference" = the plain one. May be set at any time, the numbers agree.
+        kernel: how: a kernel from elsewhere that computes whole sequences of this part; None = graft's own form.
         checkpointing: how: "block" = the layer around is recomputed in the backward pass; a part that runs several
             times within it may recompute each run by itself. May be set at any time, alike.
     """
 
     config: PartConfig
     kernels: Literal["auto", "reference"] = "auto"
+    kernel: Kernel | None = None
     checkpointing: Literal["none", "block"] = "none"
 
     @abstractmethod

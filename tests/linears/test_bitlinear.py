@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from graft.initialization import initialize
-from graft.linears.bitlinear import BitLinear
+from graft.linears.bitlinear import BitLinear, TernaryOperands
 from graft.linears.bitlinear_config import BitLinearConfig
 from graft.linears.dense_config import DenseConfig
 from graft.ops.ternary import fake_int8_rows, fake_ternary
@@ -47,14 +47,14 @@ def test_equals_transformers(norm: dict[str, Any] | None, bias: bool) -> None:
 
     ours = bitlinear(bias=bias, norm=norm)
     theirs = AutoBitLinear(24, 16, bias=bias, online_quant=True, use_rms_norm=norm is not None, rms_norm_eps=1e-6)
-    weights = {name.replace("norm.", "rms_norm."): t for name, t in ours.state_dict().items()}
+    weights = {name.replace("operands.norm.", "rms_norm."): t for name, t in ours.state_dict().items()}
     theirs.load_state_dict(weights)
     x = torch.randn(2, 5, 24)
     with torch.compiler.set_stance("force_eager"):
         expected = outcome(theirs, x)
     actual = outcome(ours, x)
     assert len(actual) == len(expected) == 3 + bias + (norm is not None)
-    names = [sorted(n.replace("rms_norm", "norm") for n, _ in m.named_parameters()) for m in (ours, theirs)]
+    names = [sorted(n.replace("operands.norm", "rms_norm") for n, _ in m.named_parameters()) for m in (ours, theirs)]
     assert names[0] == names[1]
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
@@ -75,12 +75,12 @@ def test_before_quantisation_comes_in_it_is_the_dense_map_bit_for_bit() -> None:
     x = torch.randn(2, 5, 24)
     dense = DenseConfig().build(24, 16, bias=True, role="mlp", init_std=0.3)
     plain = bitlinear(norm=None, warmup_steps=10)
-    dense.load_state_dict({name: t for name, t in plain.state_dict().items() if name != "updates"})
+    dense.load_state_dict({name: t for name, t in plain.state_dict().items() if name != "operands.updates"})
     for actual, expected in zip(outcome(plain, x), outcome(dense, x), strict=True):
         assert torch.equal(actual, expected)
     normed = bitlinear(warmup_steps=10)
-    assert normed.norm is not None
-    assert torch.equal(normed(x), dense(normed.norm(x)))
+    assert normed.operands.norm is not None
+    assert torch.equal(normed(x), dense(normed.operands.norm(x)))
 
 
 def test_quantisation_comes_in_with_the_updates() -> None:
@@ -89,10 +89,10 @@ def test_quantisation_comes_in_with_the_updates() -> None:
         share = torch.tensor(min(1.0, updates / 4))
         expected = torch.nn.functional.linear(fake_int8_rows(x, share), fake_ternary(module.weight, share), module.bias)
         assert torch.equal(module(x), expected)
-        assert module.fully_quantised() == (updates >= 4)
-        module.count_update()
+        assert module.operands.fully_quantised() == (updates >= 4)
+        module.operands.count_update()
     assert torch.equal(module(x), bitlinear(norm=None)(x))
-    assert bitlinear().fully_quantised()
+    assert bitlinear().operands.fully_quantised()
 
 
 def test_starts_with_the_numbers_of_a_dense_map() -> None:
@@ -111,11 +111,11 @@ def test_no_row_reads_another() -> None:
 
 
 def test_roles() -> None:
-    assert parameter_roles(bitlinear()) == {"weight": "mlp", "bias": "bias", "norm.weight": "norm"}
+    assert parameter_roles(bitlinear()) == {"weight": "mlp", "bias": "bias", "operands.norm.weight": "norm"}
 
 
 def updates_of(run: Any) -> set[int]:
-    return {int(m.updates) for m in run.model.modules() if isinstance(m, BitLinear)}
+    return {int(m.updates) for m in run.model.modules() if isinstance(m, TernaryOperands)}
 
 
 def test_updates_are_counted_when_they_are_made_and_kept(tmp_path: Any) -> None:

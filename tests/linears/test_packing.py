@@ -91,8 +91,10 @@ def test_only_ternary_layers_are_packed() -> None:
     assert all(".mlp.part." in name for name in names)
     after = model.state_dict()
     changed = {n for n in before if n not in after or not torch.equal(before[n], after[n])}
-    assert changed == {f"{name}.weight" for name in names}
-    assert {n for n in after if n not in before} == {f"{name}.{k}" for name in names for k in ("packed", "scale")}
+    assert changed == {f"{name}.{k}" for name in names for k in ("weight", "operands.norm.weight")}
+    assert {n for n in after if n not in before} == {
+        f"{name}.{k}" for name in names for k in ("packed", "scale", "norm.weight")
+    }
     kept: list[Tensor] = [model.embedding.weight, model.head_weight()]
     assert all(t.dtype == torch.float64 for t in kept)
     assert not any(isinstance(m, BitLinear) for m in model.modules())

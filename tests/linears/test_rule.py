@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
+from graft.channel_mixers.experts import ExpertLinear
 from graft.config.load import load_experiment_from_dict
 from graft.config.model import InitConfig, ModelConfig
 from graft.config.roles import ROLES
 from graft.contracts import sequence, training
 from graft.contracts.subject import Subject
 from graft.errors import ConfigError
-from graft.linears.bitlinear import BitLinear
+from graft.linears.bitlinear import BitLinear, TernaryOperands
 from graft.linears.bitlinear_config import BitLinearConfig
-from graft.linears.dense import Dense
+from graft.linears.dense import Dense, PlainOperands
 from graft.linears.dense_config import DenseConfig
 from graft.linears.low_rank import LowRank
 from graft.linears.low_rank_config import LowRankConfig
@@ -118,6 +120,65 @@ def test_an_entry_of_the_base_can_be_taken_back(tmp_path: Path) -> None:
     }
     assert load_experiment_from_dict(data).model.linears == {"mlp": LowRankConfig(rank=5)}
     assert load_experiment_from_dict(data, ["model.linears.mlp=null"]).model.linears == {}
+
+
+MOE = {"type": "moe", "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 12}
+
+
+def test_experts_follow_the_rule() -> None:
+    assert isinstance(_expert(model(ATTENTION, MOE)).operands, PlainOperands)
+    everywhere = model(ATTENTION, MOE, linear=KINDS["bitlinear"])
+    assert isinstance(_expert(everywhere).operands, TernaryOperands)
+    assert "router" not in {m.role for m in everywhere.modules() if isinstance(m, BitLinear)}
+    named = model(ATTENTION, MOE, linears={"expert": KINDS["bitlinear"]})
+    assert isinstance(_expert(named).operands, TernaryOperands)
+    assert kinds(named)["Dense", "attention"] == 4
+
+
+def _expert(built: Model) -> ExpertLinear:
+    return next(m for m in built.modules() if isinstance(m, ExpertLinear))
+
+
+@pytest.mark.parametrize("rule", [{"linear": KINDS["low_rank"]}, {"linears": {"expert": KINDS["low_rank"]}}])
+def test_experts_that_cannot_follow_it_are_an_error(rule: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="'expert' come many at once and cannot be of the kind 'low_rank'") as caught:
+        model(ATTENTION, MOE, **rule)
+    assert "bitlinear, dense" in str(caught.value)
+    assert "model.linears: {expert: {type: dense}}" in str(caught.value)
+    model(ATTENTION, MOE, linear=KINDS["low_rank"], linears={"expert": {"type": "dense"}})
+
+
+def test_ternary_experts_compute_what_ternary_maps_do() -> None:
+    """Two equal experts, both taken by every position, are a feed-forward network of BitLinear maps."""
+    two = {**MOE, "num_experts": 2}
+    sparse, plain = (
+        build_model(config(part, linear=KINDS["bitlinear"]), 31, seed=0, dtype=torch.float64)
+        for part in (two, {**MLP, "intermediate_size": 12})
+    )
+    experts, mlp = (next(iter(m.blocks())) for m in (sparse, plain))
+    weights = {n.split("experts.")[-1]: t for n, t in experts.named_parameters() if "experts" in n}
+    for name, parameter in mlp.named_parameters():
+        if "_proj" in name:
+            source = weights[name.split("part.")[-1]]
+            if source.ndim == 3:
+                source.data[1] = source[0]
+            parameter.data.copy_(source[0] if source.ndim == 3 else source)
+    plain.embedding.load_state_dict(sparse.embedding.state_dict())
+    ids = torch.randint(31, (2, 9))
+    torch.testing.assert_close(sparse(ids), plain(ids), rtol=1e-10, atol=1e-10)
+
+
+def test_contracts_hold_for_ternary_experts() -> None:
+    subject = Subject(config(ATTENTION, MOE, linear=KINDS["bitlinear"]), CausalLMConfig())
+    sequence.never_looks_ahead(subject)
+    sequence.documents_do_not_meet(subject)
+    sequence.padding_does_not_matter(subject)
+    sequence.decoding_equals_forward(subject)
+    training.micro_batches_add_up(subject)
+    training.every_parameter_learns(subject)
+    training.kernels_agree(subject)
+    training.checkpointing_changes_nothing(subject)
+    training.finite_in_bf16(subject)
 
 
 @pytest.mark.parametrize("kind", KINDS)

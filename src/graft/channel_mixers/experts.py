@@ -20,9 +20,12 @@ from graft.shapes import Float, Int
 class ExpertLinear(nn.Module):
     """``y = W_e x + b_e``, a matrix per expert, over rows sorted by expert. W starts normal, b at zero.
 
-    The only place where experts' matrices are used: what is to be done to all of them is done here.
+    The only place where experts' matrices are used: what is to be done to all of them is done here. The model's kind
+    of linear map for experts says what the rows and each matrix become before they are multiplied; a norm among that
+    is one for all experts.
 
     Args:
+        site: where they stand.
         num_experts: matrices (E).
         in_features: channels in.
         out_features: channels out.
@@ -32,9 +35,12 @@ class ExpertLinear(nn.Module):
 
     role: Role = "expert"
 
-    def __init__(self, num_experts: int, in_features: int, out_features: int, *, bias: bool, init_std: float):
+    def __init__(
+        self, site: Site, num_experts: int, in_features: int, out_features: int, *, bias: bool, init_std: float
+    ):
         super().__init__()
-        self.init_std = init_std
+        self.config, self.init_std = site.linear_of("expert"), init_std
+        self.operands = site.make_operands(in_features, role="expert")
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(num_experts, out_features)) if bias else None
 
@@ -46,7 +52,8 @@ class ExpertLinear(nn.Module):
     def forward(
         self, x_MD: Float[Tensor, "M in"], slots: Slots, kernels: Literal["auto", "reference"]
     ) -> Float[Tensor, "M out"]:
-        y_MD = grouped_linear(x_MD, self.weight, slots.ends_E, kernels=kernels)
+        x_MD, weight = self.operands(x_MD, self.weight)
+        y_MD = grouped_linear(x_MD, weight, slots.ends_E, kernels=kernels)
         if self.bias is None:
             return y_MD
         return y_MD + self.bias.index_select(0, slots.expert_M).to(y_MD.dtype)
@@ -67,7 +74,9 @@ class Experts(nn.Module):
         down_std = std / site.num_branches**0.5 if site.init.residual == "depth" else std
 
         def make(in_features: int, out_features: int, init_std: float) -> ExpertLinear:
-            return ExpertLinear(config.num_experts, in_features, out_features, bias=config.bias, init_std=init_std)
+            return ExpertLinear(
+                site, config.num_experts, in_features, out_features, bias=config.bias, init_std=init_std
+            )
 
         self.gate_proj = make(width, inner, std) if config.gated else None
         self.up_proj = make(width, inner, std)

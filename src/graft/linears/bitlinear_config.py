@@ -11,6 +11,7 @@ class BitLinearConfig(LinearConfig):
     """BitNet b1.58: weights −1, 0, 1 times one scale per matrix, 8-bit activations (2402.17764)."""
 
     implementation = "graft.linears.bitlinear:BitLinear"
+    operands = "graft.linears.bitlinear:TernaryOperands"
     type: Literal["bitlinear"] = knob("bitlinear", "tag")
     norm: Norm | None = knob(
         doc="norm over the channels before they are quantised; null = none; RMSNorm as published",

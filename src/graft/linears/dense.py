@@ -10,6 +10,22 @@ from graft.initialization import Rng, normal_
 from graft.ops.one_row import linear
 
 
+class PlainOperands(nn.Module):
+    """x and W as they are.
+
+    Args:
+        config: nothing to choose.
+        in_features: columns of W.
+    """
+
+    def __init__(self, config: LinearConfig, in_features: int):
+        super().__init__()
+
+    def forward(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The operands of ``x Wᵀ``."""
+        return x, weight
+
+
 class Dense(nn.Linear):
     """``y = x Wᵀ + b``. W starts normal with standard deviation ``init_std``, b at zero.
 

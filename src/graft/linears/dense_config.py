@@ -10,4 +10,5 @@ class DenseConfig(LinearConfig):
     """y = x Wᵀ + b in the compute dtype."""
 
     implementation = "graft.linears.dense:Dense"
+    operands = "graft.linears.dense:PlainOperands"
     type: Literal["dense"] = knob("dense", "tag")

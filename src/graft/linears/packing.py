@@ -32,10 +32,11 @@ def pack_ternary(model: nn.Module) -> list[str]:
             fix="train such a model; a dense one cannot be made ternary afterwards without training",
         )
     for name, layer in found.items():
-        if not layer.weight.is_meta and not layer.fully_quantised():
+        operands = layer.operands
+        if not layer.weight.is_meta and not operands.fully_quantised():
             raise ConfigError(
-                f"{name} has seen {int(layer.updates or 0)} of its {layer.warmup_steps} warm-up updates: it does not "
-                "compute with ternary weights yet",
+                f"{name} has seen {int(operands.updates or 0)} of its {operands.warmup_steps} warm-up updates: "
+                "it does not compute with ternary weights yet",
                 where="model.linear.warmup_steps",
                 fix="train on until quantisation has come in fully, then pack",
             )
