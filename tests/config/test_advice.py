@@ -44,12 +44,18 @@ def test_a_window_shorter_than_the_sequence_is_fine(small: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize(
-    ("embedding", "lines"),
-    [([], 1), (["position={type: learned, max_seq_len: 8}"], 0), (["conv={kernel_size: 3}"], 0)],
+    ("changes", "lines"),
+    [
+        (["blocks.b.0.position={type: none}"], 1),
+        (["blocks.b.0={type: identity}"], 1),
+        (["blocks.b.0={type: ode, mixer: {type: attention, num_heads: 2, position: {type: none}}}"], 1),
+        (["blocks.b.0={type: ode, mixer: {type: attention, num_heads: 2, position: {type: rope}}}"], 0),
+        (["blocks.b.0={type: mamba2, head_dim: 8}"], 0),
+        (["blocks.b.0={type: retention, num_heads: 2}"], 0),
+        (["blocks.b.0.position={type: none}", "embedding.position={type: learned, max_seq_len: 8}"], 0),
+        (["blocks.b.0.position={type: none}", "embedding.conv={kernel_size: 3}"], 0),
+    ],
 )
-def test_an_encoder_without_positions_is_a_bag_of_words(
-    small: dict[str, Any], embedding: list[str], lines: int
-) -> None:
-    overrides = ["model.bidirectional=true", "model.blocks.b.0.position={type: none}"]
-    found = warnings(load_experiment_from_dict(small, overrides + [f"model.embedding.{field}" for field in embedding]))
+def test_an_encoder_without_order_is_a_bag_of_words(small: dict[str, Any], changes: list[str], lines: int) -> None:
+    found = warnings(load_experiment_from_dict(small, [f"model.{c}" for c in ("bidirectional=true", *changes)]))
     assert sum("nothing tells positions apart" in line for line in found) == lines

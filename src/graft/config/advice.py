@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from graft.config.base import sub_configs
 from graft.config.experiment import Experiment
-from graft.config.families import PartConfig
+from graft.config.families import PartConfig, TokenMixerConfig
 from graft.config.tree import dotted
 
 
@@ -115,8 +115,16 @@ def _data(experiment: Experiment) -> Iterator[str]:
             f"objective: {tag} does not train an encoder, which sees every target; this one can be built, priced and "
             "run forward"
         )
-    positions = [getattr(part, "position", None) for part, _ in _parts_in_use(experiment)]
-    placeless = all(getattr(position, "type", "none") == "none" for position in positions if position is not None)
     embedding = experiment.model.embedding
+    placeless = not any(_tells_order(part) for part, _ in _parts_in_use(experiment))
     if experiment.model.bidirectional and placeless and embedding.position is None and embedding.conv is None:
         yield "model: nothing tells positions apart in this encoder (a bag of words); give attention a position"
+
+
+def _tells_order(part: PartConfig) -> bool:
+    """Whether a part's output depends on the order of tokens: it has positions, or mixes by distance without any."""
+    if "position" in type(part).model_fields:
+        return getattr(getattr(part, "position", None), "type", "none") != "none"
+    if any(isinstance(inner, PartConfig) for _, inner in sub_configs(part.__dict__)):
+        return False  # the parts inside are asked themselves
+    return isinstance(part, TokenMixerConfig) and part.mixes_tokens
