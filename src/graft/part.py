@@ -240,6 +240,13 @@ class Part(nn.Module):
         """Parameters that take part in computing one position (default: all)."""
         return sum(p.numel() for p in self.parameters())
 
+    def active_shared(self) -> Mapping[nn.Module, int]:
+        """Of each module shared with other parts (`SharedModules`), how many parameters one position reads here.
+
+        Default: this part shares none.
+        """
+        return {}
+
 
 @runtime_checkable
 class CountsUpdates(Protocol):
