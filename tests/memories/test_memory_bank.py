@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from graft.config.model import InitConfig, ModelConfig
 from graft.contracts.subject import loud
+from graft.cost.counts import idle_shared_parameters
 from graft.initialization import initialize
 from graft.linears.bitlinear_config import BitLinearConfig
 from graft.linears.dense_config import DenseConfig
@@ -357,3 +358,19 @@ def test_100k_slots_read_by_token_routing() -> None:
             expected += weight * torch.einsum("nm,mnh->nh", scores.softmax(-1), v)
         torch.testing.assert_close(y[0, t], part.o_proj(expected.flatten()), rtol=1e-3, atol=1e-4)
     assert counter.get_total_flops() < 1.3 * 512 * part.flops_per_token(512)
+
+
+def test_active_parameters_of_shared_banks() -> None:
+    """A position reads at most what its layers read, and no more than there is."""
+    size, half = 8 * 8, 8 * 8 // 2  # 8 slots of width 8; two of four chapters
+    fields = {**CHAPTERS, "num_slots": 8}
+
+    def idle(*parts: dict[str, Any]) -> int:
+        return idle_shared_parameters(build_model(model_config(*parts), 19, seed=0, device="meta"))
+
+    assert idle({**fields, "layers": [1]}) == size - half
+    assert idle({**fields, "layers": [1, 2]}) == 0
+    assert idle(fields) == 0
+    assert idle({**fields, "sharing": "every_k", "sharing_k": 1}) == 4 * (size - half)
+    assert idle({**fields, "sharing": "per_layer"}) == 0
+    assert idle({"layers": [1]}) == 0

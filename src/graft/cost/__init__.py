@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 
 from graft.config.experiment import Experiment
-from graft.cost.counts import embedding_state_bytes, parameters_by_part, parameters_by_role, part_costs
+from graft.cost.counts import (
+    embedding_state_bytes,
+    idle_shared_parameters,
+    parameters_by_part,
+    parameters_by_role,
+    part_costs,
+)
 from graft.cost.memory import MemoryBytes, training_memory
 from graft.cost.report import CostReport, FlopsPerToken, Parameters, human_bytes
 from graft.errors import ConfigError
@@ -84,7 +90,9 @@ def price(experiment: Experiment, vocab_size: int | None = None) -> CostReport:
         precision=experiment.precision,
         parameters=Parameters(
             total=total,
-            active=total - sum(part.parameters - part.active_parameters for part in parts),
+            active=total
+            - sum(part.parameters - part.active_parameters for part in parts)
+            - idle_shared_parameters(model),
             per_part=parameters_by_part(model),
             per_role=parameters_by_role(model),
         ),

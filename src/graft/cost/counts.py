@@ -60,6 +60,16 @@ def part_costs(model: Model, seq_len: int, state_dtype: torch.dtype) -> list[Par
     ]
 
 
+def idle_shared_parameters(model: Model) -> int:
+    """Parameters that parts share and that computing one position leaves out, if no two parts read the same ones."""
+    read: Counter[nn.Module] = Counter()
+    for part in model.parts():
+        for module, count in part.active_shared().items():
+            read[module] += count
+    sizes = {module: sum(p.numel() for p in module.parameters()) for module in model.shared.values()}
+    return sum(max(0, size - read[module]) for module, size in sizes.items())
+
+
 def embedding_state_bytes(model: Model, dtype: torch.dtype) -> int:
     """Decode state of the embedding's convolution, per sequence; 0 in an encoder, which has no decode state."""
     if model.config.bidirectional:

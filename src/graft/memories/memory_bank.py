@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -227,10 +229,17 @@ class MemoryBank(Part):
     def active_parameters(self) -> int:
         """All but the slots of its own bank that a position does not read (a shared bank is the model's)."""
         own = sum(p.numel() for p in self.parameters())
-        if self.settings.sharing != "per_layer":
-            return own
-        unread = self.settings.slots - self.settings.slots_read
-        return own - unread * self.bank.width
+        return own - self._unread() if self.settings.sharing == "per_layer" else own
+
+    def active_shared(self) -> Mapping[nn.Module, int]:
+        """What a position reads of the bank, where that is the model's."""
+        if self.settings.sharing == "per_layer":
+            return {}
+        return {self.bank: sum(p.numel() for p in self.bank.parameters()) - self._unread()}
+
+    def _unread(self) -> int:
+        """Parameters in the slots that a position does not read (a rounded bank has none)."""
+        return 0 if self.bank.bits is not None else (self.settings.slots - self.settings.slots_read) * self.bank.width
 
 
 def _real(x_BTD: Tensor, ctx: Context) -> Tensor:
