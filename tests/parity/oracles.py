@@ -1,7 +1,7 @@
-"""Independent implementations, installed by ``make install`` from tests/oracles.txt without their dependencies.
+"""Independent implementations, which ``make install`` puts into a folder of their own (tests/oracles.txt says why).
 
-What they import but never call here is replaced by stand-ins while they are imported. A missing one is an error, which
-fails its tests.
+They are imported with that folder on the path, and with stand-ins for what they import but never call here. A missing
+one is an error, which fails its tests.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+FOLDER = Path(sys.prefix) / "oracles"
+
 
 @cache
-def retnet() -> ModuleType:
-    """torchscale's decoder of retention layers; fairscale and timm are for sharding and for dropped paths."""
-    folder_of("torchscale")
+def torchscale(name: str) -> ModuleType:
+    """The module ``torchscale.<name>``; fairscale and timm are for sharding and for dropped paths."""
     layers, sharding = stand_in(drop_path=never), stand_in(checkpoint_wrapper=never, wrap=never)
-    with modules({"timm.models.layers": layers, "fairscale.nn": sharding}):
-        return importlib.import_module("torchscale.architecture.retnet")
+    with importing({"timm.models.layers": layers, "fairscale.nn": sharding}):
+        return importlib.import_module(f"torchscale.{name}")
 
 
 @cache
@@ -38,11 +39,11 @@ def fla(name: str) -> ModuleType:
     Loaded by path, since importing the package needs triton. The source casts all it is given to fp32; here its casts
     are to fp64, so that nothing but the rounding of fp64 is left to see.
     """
-    path = folder_of("fla") / "ops" / name / "naive.py"
-    source = path.read_text(encoding="utf-8").replace(".float()", ".double()")
-    source = re.sub(r"torch\.float(32)?\b", "torch.float64", source)
+    path = FOLDER / "fla" / "ops" / name / "naive.py"
     module = ModuleType(f"fla_{name}")
-    with modules({"fla.ops.titans.log_impl": stand_in(combine_params_log=never)}):
+    with importing({"fla.ops.titans.log_impl": stand_in(combine_params_log=never)}):
+        source = path.read_text(encoding="utf-8").replace(".float()", ".double()")
+        source = re.sub(r"torch\.float(32)?\b", "torch.float64", source)
         exec(compile(source, str(path), "exec"), vars(module))
     return module
 
@@ -66,9 +67,8 @@ class Tensors(dict[str, Tensor]):
 @cache
 def neural_memory() -> ModuleType:
     """titans-pytorch's memory; tensordict is compiled, and the package's other modules import more still."""
-    package = stand_in()
-    package.__path__ = [str(folder_of("titans_pytorch"))]
-    with modules({"titans_pytorch": package, "tensordict": stand_in(TensorDict=Tensors)}), warnings.catch_warnings():
+    package = stand_in(__path__=[str(FOLDER / "titans_pytorch")])
+    with importing({"titans_pytorch": package, "tensordict": stand_in(TensorDict=Tensors)}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=DeprecationWarning)
         return importlib.import_module("titans_pytorch.neural_memory")
 
@@ -76,39 +76,27 @@ def neural_memory() -> ModuleType:
 @cache
 def peer() -> type[nn.Module]:
     """PEER-pytorch's layer."""
-    folder_of("PEER_pytorch")
-    return importlib.import_module("PEER_pytorch.PEER").PEER
+    with importing({}):
+        return importlib.import_module("PEER_pytorch.PEER").PEER
 
 
 @cache
 def product_key_memory() -> type[nn.Module]:
     """product-key-memory's layer; colt5_attention is for its differentiable top-k."""
-    folder_of("product_key_memory")
-    with modules({"colt5_attention": stand_in(topk=never)}):
+    with importing({"colt5_attention": stand_in(topk=never)}):
         return importlib.import_module("product_key_memory.product_key_memory").PKM
 
 
-def folder_of(package: str) -> Path:
-    """Where a package lies, without importing it."""
-    spec = find_spec(package)
-    if spec is None or spec.submodule_search_locations is None:
-        raise ModuleNotFoundError(f"{package} is missing; `make install` installs it (tests/oracles.txt)")
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
 @contextmanager
-def modules(stand_ins: Mapping[str, ModuleType]) -> Iterator[None]:
-    """What imports of these names find for a while, whether or not the real ones are installed."""
-    before = {name: sys.modules.get(name) for name in stand_ins}
-    sys.modules.update(stand_ins)
-    try:
+def importing(stand_ins: Mapping[str, ModuleType]) -> Iterator[None]:
+    """Imports find the folder last, and stand-ins under these names, whether or not the real ones are installed."""
+    if not FOLDER.is_dir():
+        raise ModuleNotFoundError(f"{FOLDER} is missing; `make install` fills it with tests/oracles.txt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path, str(FOLDER)])
+        for name, module in stand_ins.items():
+            patch.setitem(sys.modules, name, module)
         yield
-    finally:
-        for name, module in before.items():
-            if module is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = module
 
 
 def stand_in(**contents: Any) -> ModuleType:

@@ -24,7 +24,6 @@ import oracles
 import pytest
 import torch
 from torch import Tensor, nn
-from torchscale.architecture.config import RetNetConfig
 from weights import assert_close, randomize
 
 from graft.config.model import ModelConfig
@@ -79,7 +78,7 @@ def our_rows(name: str, tensor: Tensor) -> Tensor:
 def theirs(heads: int, eps: float = 1e-13, *, rotated: bool = True, **more: Any) -> nn.Module:
     """A decoder with random weights, and our decays in fp64."""
     width = heads * H
-    args = RetNetConfig(
+    args = oracles.torchscale("architecture.config").RetNetConfig(
         decoder_embed_dim=width,
         decoder_value_embed_dim=2 * width,
         decoder_retention_heads=heads,
@@ -89,7 +88,12 @@ def theirs(heads: int, eps: float = 1e-13, *, rotated: bool = True, **more: Any)
         layernorm_eps=eps,
         **more,
     )
-    model = oracles.retnet().RetNetDecoder(args, embed_tokens=nn.Embedding(VOCAB, width)).double().eval()
+    model = (
+        oracles.torchscale("architecture.retnet")
+        .RetNetDecoder(args, embed_tokens=nn.Embedding(VOCAB, width))
+        .double()
+        .eval()
+    )
     randomize(model)
     model.retnet_rel_pos.decay = log_factors(heads, device=torch.device("cpu"), dtype=torch.float64)
     if not rotated:
@@ -153,7 +157,7 @@ def test_decoder_in_its_parallel_mode(heads: int, rotated: bool, kernels: str) -
 
 
 def test_decays_of_five_heads_are_theirs_as_they_are() -> None:
-    own = oracles.retnet().RetNetRelPos(theirs(5).args).decay
+    own = oracles.torchscale("architecture.retnet").RetNetRelPos(theirs(5).args).decay
     torch.testing.assert_close(log_factors(5, device=own.device, dtype=torch.float64), own.double(), rtol=3e-5, atol=0)
 
 
