@@ -36,15 +36,46 @@ def torchscale(name: str) -> ModuleType:
 def fla(name: str) -> ModuleType:
     """flash-linear-attention's plain form ``fla/ops/<name>/naive.py``, in double precision.
 
-    Loaded by path, since importing the package needs triton. The source casts all it is given to fp32; here its casts
-    are to fp64, so that nothing but the rounding of fp64 is left to see.
+    The source casts all it is given to fp32; here its casts are to fp64, so that nothing but the rounding of fp64 is
+    left to see.
     """
-    path = FOLDER / "fla" / "ops" / name / "naive.py"
-    module = ModuleType(f"fla_{name}")
-    with importing({"fla.ops.titans.log_impl": stand_in(combine_params_log=never)}):
-        source = path.read_text(encoding="utf-8").replace(".float()", ".double()")
+    return fla_file(f"ops/{name}/naive.py", {"fla.ops.titans.log_impl": stand_in(combine_params_log=never)})
+
+
+@cache
+def fla_gla() -> type[nn.Module]:
+    """flash-linear-attention's layer around gated linear attention, over its plain form instead of triton's kernels.
+
+    For one document without padding and without a cache.
+    """
+
+    def recurrent(initial_state: None, cu_seqlens: None, state_v_first: bool, **tensors: Any) -> tuple[Any, Any]:
+        return fla("gla").naive_recurrent_gla(**tensors)
+
+    def norm(hidden_size: int, elementwise_affine: bool, eps: float, dtype: torch.dtype) -> nn.Module:
+        return nn.RMSNorm(hidden_size, eps, elementwise_affine, dtype=dtype)
+
+    no_cache: dict[str, Any] = {"get_layer_cache": lambda *_: None, "update_layer_cache": lambda *_, **__: None}
+    no_packing: dict[str, Any] = {
+        "unpad_hidden_states": lambda x, *_: (x, None, None),
+        "repad_hidden_states": lambda x, *_: x,
+    }
+    stand_ins = {
+        "fla.layers.utils": stand_in(**no_cache, **no_packing),
+        "fla.modules": stand_in(FusedRMSNormGated=never, RMSNorm=norm, ShortConvolution=never),
+        "fla.modules.activations": stand_in(ACT2FN={"swish": nn.functional.silu}),
+        "fla.ops.gla": stand_in(chunk_gla=never, fused_chunk_gla=never, fused_recurrent_gla=recurrent),
+    }
+    return fla_file("layers/gla.py", stand_ins).GatedLinearAttention
+
+
+def fla_file(path: str, stand_ins: Mapping[str, ModuleType]) -> ModuleType:
+    """A file of flash-linear-attention by itself, with fp64 for fp32: importing the package needs triton."""
+    module = ModuleType(path)
+    with importing(stand_ins):
+        source = (FOLDER / "fla" / path).read_text(encoding="utf-8").replace(".float()", ".double()")
         source = re.sub(r"torch\.float(32)?\b", "torch.float64", source)
-        exec(compile(source, str(path), "exec"), vars(module))
+        exec(compile(source, path, "exec"), vars(module))
     return module
 
 
