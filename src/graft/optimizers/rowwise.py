@@ -18,8 +18,8 @@ from graft.optimizers.grouped import States, Update
 from graft.optimizers.groups import Group, Named, build_groups
 from graft.optimizers.groups_config import GroupedOptimizerConfig, RowUpdate
 
-PIECE_BYTES = 16 * 2**20
-"""An update works on this many bytes of rows at a time, so that what it holds stays small beside the gradient."""
+PIECE_BYTES = 2 * 2**20
+"""An update works on this many bytes of rows at a time: what it holds stays in a cache."""
 
 
 def update_rowwise_adagrad(group: Group, parameters: list[Tensor], states: States) -> None:
@@ -34,7 +34,8 @@ def update_rowwise_adagrad(group: Group, parameters: list[Tensor], states: State
         if not state:
             state["row_sum"] = torch.zeros(len(table), dtype=torch.float32, device=table.device)
         for rows, g_UW in _used_rows(table):
-            sums_U = state["row_sum"][rows] + g_UW.float().square().mean(1)
+            norm_U = torch.linalg.vector_norm(g_UW, dim=1)  # makes no squares as large as the rows
+            sums_U = state["row_sum"][rows] + norm_U.float().square() / g_UW.shape[1]
             state["row_sum"][rows] = sums_U
             step_U1 = (group["lr"] / (sums_U.sqrt() + group["eps"]))[:, None].to(g_UW.dtype)
             _move(table, rows, g_UW * step_U1, group)
