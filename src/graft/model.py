@@ -20,6 +20,7 @@ from graft.linears.dense_config import DenseConfig
 from graft.linears.packed_ternary import PackedTernary
 from graft.network.block import Block, BlockOutput
 from graft.network.ends import Head, TokenEmbedding, padded_rows
+from graft.network.kernels import give_kernels
 from graft.network.sequence import ModelState, positions_in_segments
 from graft.part import Context, CountsUpdates, Part, ReadsTokenizer, SharedModules, Site, add_sums
 from graft.positions.base import TablePosition
@@ -117,10 +118,28 @@ class Model(nn.Module):
         compile: bool | None = None,
         compile_decode: bool | None = None,
         activation_checkpointing: Literal["none", "block"] | None = None,
-        kernels: Literal["auto", "reference"] | None = None,
+        kernels: str | None = None,
+        dtype: torch.dtype | None = None,
         loss_chunk_bytes: int | None = None,
     ) -> None:
-        """Changes how the numbers are computed (see `Execution`); None leaves a choice as it is."""
+        """Changes how the numbers are computed (see `Execution`); None leaves a choice as it is.
+
+        Args:
+            compile: see `Execution`, as of all others that are not here.
+            compile_decode: alike.
+            activation_checkpointing: alike.
+            kernels: ``auto``, ``reference``, or a kernel from elsewhere by name (`graft.ops.kernels`); parts it is not
+                meant for stay with graft's own.
+            dtype: of the operands of matrix products, which decides what kernels fit; None = the weights'.
+            loss_chunk_bytes: see `Execution`.
+
+        Raises:
+            ConfigError: the named kernel cannot be used.
+        """
+        if kernels is not None:
+            weight = self.embedding.weight
+            give_kernels(self.parts(), kernels, weight.device, dtype or weight.dtype)
+            kernels = "reference" if kernels == "reference" else "auto"
         given = {
             "compile": compile,
             "compile_decode": compile_decode,

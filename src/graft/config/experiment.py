@@ -121,7 +121,11 @@ class RuntimeConfig(Config):
     activation_checkpointing: Literal["none", "block"] = knob(
         "none", "block: recompute each layer in the backward pass"
     )
-    kernels: Literal["auto", "reference"] = knob("auto", "reference: the plain form of every operation")
+    kernels: Literal["auto", "reference", "fla", "mamba_ssm", "flex"] = knob(
+        "auto",
+        "auto: another package's kernel where one is installed and fits (CUDA), else graft's fastest form; reference: "
+        "the plain form of every operation; a kernel's name: that one, or an error saying why not",
+    )
     fp32_matmul: Literal["auto", "default", "onednn"] = knob(
         "auto", "auto: probe whether oneDNN's fp32 matmul is faster and still exact (error < 2e-6), then use it"
     )

@@ -13,6 +13,8 @@ from graft.ops.attention_folded import Scoring, folded_attention
 from graft.ops.attention_mask import Visibility
 from graft.ops.attention_reference import reference_attention
 from graft.ops.autocast import full_precision
+from graft.ops.kernels import Kernel as OutsideKernel
+from graft.ops.outside_graphs import outside_graphs
 from graft.shapes import Float, Int
 
 Kernels = Literal["auto", "reference"]
@@ -81,6 +83,7 @@ def attention(
     rates_H: Float[Tensor, " H"] | None = None,
     dropout: float = 0.0,
     kernels: Kernels = "auto",
+    kernel: OutsideKernel | None = None,
 ) -> Float[Tensor, "B T N v_head_dim"]:
     """``softmax(cap(scale·q·k) − slope·|i − j|) v`` over the keys a query may see; see `Scoring` for scores.
 
@@ -101,6 +104,7 @@ def attention(
         rates_H: constants ≥ 0 (no gradient), the rates at which channels of q·k fade with distance; None = none does.
         dropout: rate of probabilities dropped (the rest is scaled up); 0 outside training.
         kernels: ``reference`` forces the plain definition.
+        kernel: computes whole sequences where PyTorch's fused kernel cannot; None = graft's own.
 
     Returns:
         In the dtype of q (autocast's under autocast). A query that sees no key (padding) gives zeros, and no gradient.
@@ -113,10 +117,13 @@ def attention(
     visibility = Visibility(causal, sliding_window, offset, query_segments_BT, key_segments_BS)
     scoring = Scoring(scale, softcap, slopes_N, rates_H)
     q_BTNH, k_BSKH, v_BSKH = (matmul_operand(x) for x in (q_BTNH, k_BSKH, v_BSKH))
+    if kernel is not None and T == S and dropout == 0.0 and not _fused_can(T, S, visibility, scoring):
+        with full_precision(q_BTNH.device):
+            return outside_graphs(kernel.run)(q_BTNH, k_BSKH, v_BSKH, visibility, scoring)
     width = v_BSKH.shape[-1]
-    kernel = choose_kernel(q_BTNH, k_BSKH, visibility, scoring, v_head_dim=width, dropout=dropout, kernels=kernels)
+    form = choose_kernel(q_BTNH, k_BSKH, visibility, scoring, v_head_dim=width, dropout=dropout, kernels=kernels)
     with full_precision(q_BTNH.device):  # the kernels choose dtypes themselves
-        match kernel:
+        match form:
             case "reference":
                 return reference_attention(q_BTNH, k_BSKH, v_BSKH, visibility, scoring, dropout=dropout)
             case "folded":

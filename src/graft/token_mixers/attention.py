@@ -60,4 +60,5 @@ class Attention(MultiHead):
             rates_H=rates_H,
             dropout=self.dropout if self.training else 0.0,
             kernels=self.kernels,
+            kernel=self.kernel,
         )

@@ -13,6 +13,7 @@ from graft.config.roles import Role
 from graft.initialization import Rng
 from graft.ops.documents import documents_of, forgetting, nothing_yet
 from graft.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_flops
+from graft.ops.outside_graphs import outside_graphs
 from graft.ops.short_conv import ConvState
 from graft.part import Context, Part, PartOutput, Site, State, linear_flops
 from graft.shapes import Float
@@ -112,6 +113,9 @@ class GatedDeltaNet(Part):
         beta_BTN = torch.sigmoid(self.b_proj(x_BTD))
         if documents is not None:
             beta_BTN = beta_BTN.masked_fill(~documents.real_BT[..., None], 0.0)
+        if self.kernel is not None and state is None:
+            o_BTNF = outside_graphs(self.kernel.run)(q_BTNH, k_BTNH, v_BTNF, log_decay_BTN, beta_BTN, documents)
+            return PartOutput(self._out(x_BTD, o_BTNF))
         memory_BNHF = None if state is None else state.memory_BNHF
         o_BTNF, memory_BNHF = gated_delta_rule(
             q_BTNH, k_BTNH, v_BTNF, log_decay_BTN, beta_BTN, memory_BNHF, kernels=self.kernels
@@ -120,7 +124,11 @@ class GatedDeltaNet(Part):
             assert documents is not None
             assert conv_state is not None
             state = GatedDeltaNetState(memory_BNHF.to(state.memory_BNHF.dtype), conv_state, documents.segment_B)
-        return PartOutput(self.o_proj(self.head_norm(o_BTNF).flatten(-2) * F.silu(self.gate_proj(x_BTD))), state)
+        return PartOutput(self._out(x_BTD, o_BTNF), state)
+
+    def _out(self, x_BTD: Tensor, o_BTNF: Tensor) -> Tensor:
+        """The heads normed, gated and projected."""
+        return self.o_proj(self.head_norm(o_BTNF).flatten(-2) * F.silu(self.gate_proj(x_BTD)))
 
     def _read(
         self, x_BTD: Tensor, segment_ids_BT: Tensor | None, state: ConvState | None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from graft.ops.documents import documents_of, forgetting, nothing_yet
 from graft.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_flops
+from graft.ops.outside_graphs import outside_graphs
 from graft.part import Context, Part, PartOutput, Site, State, linear_flops
 from graft.shapes import Float
 from graft.token_mixers.gla_config import GLAConfig
@@ -70,17 +71,17 @@ class GLA(Part):
         log_decay_BTNH = forgetting(self._log_decay(x_BTD).unflatten(-1, heads), documents)
         if documents is not None:
             k_BTNH = k_BTNH.masked_fill(~documents.real_BT[..., None, None], 0.0)
-        o_BTNF, memory_BNHF = gated_linear_attention(
-            q_BTNH * self.head_dim**-0.5,
-            k_BTNH,
-            v_BTNF,
-            log_decay_BTNH,
-            None if state is None else state.memory_BNHF,
-            kernels=self.kernels,
-        )
-        if state is not None:
-            assert documents is not None
-            state = GLAState(memory_BNHF.to(state.memory_BNHF.dtype), documents.segment_B)
+        q_BTNH = q_BTNH * self.head_dim**-0.5
+        if self.kernel is not None and state is None:
+            o_BTNF = outside_graphs(self.kernel.run)(q_BTNH, k_BTNH, v_BTNF, log_decay_BTNH, documents)
+        else:
+            before = None if state is None else state.memory_BNHF
+            o_BTNF, memory_BNHF = gated_linear_attention(
+                q_BTNH, k_BTNH, v_BTNF, log_decay_BTNH, before, kernels=self.kernels
+            )
+            if state is not None:
+                assert documents is not None
+                state = GLAState(memory_BNHF.to(state.memory_BNHF.dtype), documents.segment_B)
         return PartOutput(self.o_proj(self.head_norm(o_BTNF).flatten(-2) * F.silu(self.gate_proj(x_BTD))), state)
 
     def _log_decay(self, x_BTD: Tensor) -> Tensor:

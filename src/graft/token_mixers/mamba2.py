@@ -15,6 +15,7 @@ from graft.errors import ConfigError
 from graft.initialization import Rng
 from graft.ops.decay_attention import bidirectional_decay_attention, chunked_flops, decay_attention
 from graft.ops.documents import Documents, continued_segments, documents_of
+from graft.ops.outside_graphs import outside_graphs
 from graft.ops.short_conv import ConvState
 from graft.part import Context, Part, PartOutput, Site, State, linear_flops
 from graft.shapes import Float
@@ -129,8 +130,7 @@ class Mamba2(Part):
             segments_BT = continued_segments(segments_BT, state.scan.segment_B, x_BTD.shape[1])
         if self.causal:
             documents = documents_of(segments_BT, x_BTD.shape[1], *before)
-        mixed, dt_BTN = self.in_proj(x_BTD).tensor_split([self.inner + sum(self.sizes)], dim=-1)
-        z_BTI, mixed = mixed.tensor_split([self.inner], dim=-1)
+        z_BTI, mixed, dt_BTN = self.in_proj(x_BTD).split((self.inner, sum(self.sizes), self.num_heads), dim=-1)
         mixed, conv = self.conv(mixed, segments_BT, None if state is None else state.conv, kernels=self.kernels)
         y_BTNF, S_BNHF = self._scan(F.silu(mixed), dt_BTN, segments_BT, documents, state)
         out_BTD = self.out_proj(self.norm(y_BTNF.flatten(-2), z_BTI))
@@ -152,7 +152,13 @@ class Mamba2(Part):
         B_BTKH, C_BTKH = (y.unflatten(-1, (self.num_groups, -1)) for y in (B_BTI, C_BTI))
         wide = torch.promote_types(x_BTI.dtype, torch.float32)
         step_BTN = F.softplus(dt_BTN.to(wide) + self.dt_bias.to(wide))
-        log_decay_BTN = -step_BTN * self.A_log.to(wide).exp()
+        rate_N = -self.A_log.to(wide).exp()
+        skipped_BTNF = self.D.to(x_BTI.dtype)[:, None] * x_BTNF
+        if self.kernel is not None and state is None:
+            run = outside_graphs(self.kernel.run)
+            y_BTNF = run(x_BTNF, step_BTN, rate_N, B_BTKH, C_BTKH, documents, chunk_size=self.chunk_size)
+            return y_BTNF + skipped_BTNF, None
+        log_decay_BTN = step_BTN * rate_N
         v_BTNF = (x_BTNF * step_BTN[..., None]).to(x_BTI.dtype)
         if self.causal:
             y_BTNF, S_BNHF = decay_attention(
@@ -176,7 +182,7 @@ class Mamba2(Part):
                 chunk_size=self.chunk_size,
                 kernels=self.kernels,
             )
-        return y_BTNF + self.D.to(x_BTI.dtype)[:, None] * x_BTNF, S_BNHF
+        return y_BTNF + skipped_BTNF, S_BNHF
 
     def init_state(self, batch_size: int, max_len: int, *, device: torch.device, dtype: torch.dtype) -> State:
         """Zeros, whatever ``max_len``."""

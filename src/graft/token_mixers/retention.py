@@ -11,6 +11,7 @@ from torch import Tensor
 from graft.errors import ConfigError
 from graft.ops.decay_attention import bidirectional_decay_attention, chunked_flops, decay_attention
 from graft.ops.documents import Documents, documents_of, find_documents
+from graft.ops.outside_graphs import outside_graphs
 from graft.part import Context, Part, PartOutput, Site, State, linear_flops
 from graft.positions.base import AttentionPosition, tables_for
 from graft.shapes import Float
@@ -98,6 +99,9 @@ class Retention(Part):
             return self._score_norm(y_BTNF.to(wide), _both_row_sums(ctx.segment_ids_BT, x_BTD.shape[1], log_N)), None
         before = (None, None) if state is None else state[1:]
         documents = documents_of(ctx.segment_ids_BT, x_BTD.shape[1], *before)
+        if self.kernel is not None and state is None:
+            y_BTNF = outside_graphs(self.kernel.run)(q_BTNH, k_BTNH, v_BTNF, log_N[None, None], documents)
+            return self._score_norm(y_BTNF.to(wide), _row_sums(documents, x_BTD.shape[1], log_N)), None
         y_BTNF, S_BNHF = decay_attention(
             q_BTNH,
             k_BTNH,

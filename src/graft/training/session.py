@@ -16,6 +16,7 @@ from graft.data.loader import TrainLoader
 from graft.data.prepare import prepare
 from graft.errors import CheckpointError, DivergedError, GraftError, Interrupted, Preempted
 from graft.model import build_model
+from graft.network.kernels import kernels_in_use
 from graft.optimizers.groups import describe_groups
 from graft.training.checkpoint import CheckpointStore, Loaded
 from graft.training.console import Console, short
@@ -168,6 +169,7 @@ class Session:
             compile=experiment.runtime.compile,
             activation_checkpointing=experiment.runtime.activation_checkpointing,
             kernels=experiment.runtime.kernels,
+            dtype=precision.dtype,
             loss_chunk_bytes=experiment.runtime.loss_chunk_bytes,
         )
         seed_everything(experiment.seed)
@@ -235,6 +237,9 @@ class Session:
         say(f"run directory {self.directory.path}")
         say(f"{short(run.model.num_parameters())} parameters, {run.max_steps} steps of {tokens} tokens")
         say(f"data fingerprint {run.prepared.fingerprint}, vocabulary {run.prepared.vocab_size}")
+        kernels = kernels_in_use(run.model.parts())
+        say("kernels: " + ", ".join(f"{part} {kernel}" for part, kernel in kernels.items()))
+        self.notices.event("kernels", run.step, kernels)
         for row in describe_groups(run.optimizer):
             say(
                 f"  {row.role:<14} {row.algorithm:<15} {row.num_tensors:>5} tensors {short(row.num_parameters):>7} "
