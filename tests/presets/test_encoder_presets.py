@@ -134,6 +134,31 @@ def test_the_facts_give_the_reported_size(name: str) -> None:
     assert f"{PUBLISHED[name].total() / 1e6:.2f}" == PUBLISHED[name].reported
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_presets_have_the_published_shape(name: str) -> None:
+    published, model = PUBLISHED[name], load(name).model
+    conv = model.embedding.conv
+    assert (model.hidden_size, model.num_layers, model.embedding.size) == (
+        published.width,
+        published.layers,
+        published.size,
+    )
+    assert (0 if conv is None else conv.kernel_size) == published.taps
+    assert model.loops == (2 if published.hybrid else 1)
+    assert model.bidirectional
+    kinds = [tuple(part.type for part in parts) for parts in model.layers()]
+    mixers = (
+        ["retention", "attention", "retention", "mamba2", "attention", "ode"] if published.hybrid else ["attention"]
+    )
+    channel = "moe" if published.experts > 1 else "mlp"
+    assert kinds == [(mixer, channel) for mixer in mixers] * (published.layers // len(mixers))
+    for _, part in model.layers():
+        assert part.intermediate_size == published.inner
+        assert not part.gated
+        assert part.bias == published.biases
+        assert getattr(part, "num_experts", 1) == published.experts
+
+
 @pytest.mark.parametrize("name", CORRECTIONS)
 def test_each_correction_accounts_for_its_parameters(name: str) -> None:
     size, overrides = SIZES[name], []
