@@ -12,10 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from graft.channel_mixers.moe import Moe
 from graft.channel_mixers.moe_config import MoeConfig
-from graft.config.model import InitConfig
+from graft.config.model import InitConfig, ModelConfig
+from graft.contracts.registry import contracts_for
+from graft.contracts.subject import Subject
 from graft.initialization import initialize
+from graft.linears.bitlinear_config import BitLinearConfig
 from graft.linears.dense_config import DenseConfig
 from graft.norms.rms_norm_config import RMSNormConfig
+from graft.objectives.causal_lm_config import CausalLMConfig
 from graft.ops.activations import ACTIVATIONS
 from graft.part import Context, Site, parameter_roles
 
@@ -273,6 +277,41 @@ def test_advice() -> None:
     assert advice(router_aux_loss_coef=0.0, balance_bias_rate=1e-3) == []
     assert ["nothing spreads" in text for text in advice(router_aux_loss_coef=0.0)] == [True]
     assert ["nothing is saved" in text for text in advice(num_experts_per_tok=E)] == [True]
+
+
+def test_without_counts_nothing_moves() -> None:
+    """An update made while evaluating has none."""
+    part = moe(balance_bias_rate=0.125)
+    part.after_update({})
+    assert part.router.balance_bias is not None
+    assert not part.router.balance_bias.any()
+
+
+def test_what_experts_share_is_always_active() -> None:
+    """A norm inside the experts' maps belongs to all of them."""
+    site = Site(D, 0, 4, 8, True, RMSNormConfig(), BitLinearConfig(norm=RMSNormConfig()), InitConfig())
+    part = MoeConfig(num_experts=E, intermediate_size=FF).build(site)
+    own = 2 * 3 * D * FF  # two chosen, three matrices each
+    assert part.active_parameters() == own + E * D + 2 * D + FF  # the router; norms of gate, up and down
+
+
+CONTRACTED: dict[str, dict[str, Any]] = {
+    "deepseek, looped": {"moe": {**VARIANTS["deepseek"], "router_aux_loss_coef": 0.1}, "loops": 2},
+    "qwen2, encoder": {"moe": VARIANTS["qwen2"], "bidirectional": True},
+    "odd sizes, biases": {"moe": {**VARIANTS["plain with biases"], "intermediate_size": 7}, "hidden_size": 6},
+}
+
+
+@pytest.mark.parametrize("name", CONTRACTED)
+def test_contracts_of_other_kinds(name: str) -> None:
+    """Beside those of the preset."""
+    more = {"hidden_size": 12, **CONTRACTED[name]}
+    experts = {"type": "moe", "num_experts": E, "intermediate_size": 8, **more.pop("moe")}
+    mixer = {"type": "attention", "num_heads": 1, "position": {"type": "rope"}}
+    config = {"num_layers": 2, "norm": {"type": "rms_norm"}, "blocks": {"b": [mixer, experts]}, **more}
+    subject = Subject(ModelConfig.model_validate(config), CausalLMConfig())
+    for contract in contracts_for(subject):
+        contract(subject)
 
 
 def test_every_activation_of_the_dense_network() -> None:

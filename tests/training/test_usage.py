@@ -22,6 +22,8 @@ MOE = (
     "balance_bias_rate: 0.01}",
     "model.blocks.main.0.dropout=0",
 )
+QUIET = ("model.blocks.main.0.residual_dropout=0",)
+LOUD_BIAS = "model.blocks.main.1.balance_bias_rate=0.5"
 FIRST = "layers.0.moe.experts"
 BIAS = "layers.0.moe.part.router.balance_bias"
 
@@ -122,6 +124,25 @@ def test_recomputation_does_not_count_twice(tiny, loops):
     assert torch.equal(runs[0].model.state_dict()[BIAS], runs[1].model.state_dict()[BIAS])
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiling")
+def test_compiled_steps_count_and_balance_alike(tiny):
+    """The bias that an update moved is the one the next compiled step reads, recomputed or not."""
+    steps = [[random_batch(2, 32, seed=s)] for s in range(3)]
+    runs = [bare_run(tiny(*MOE, *QUIET, LOUD_BIAS), steps) for _ in range(3)]
+    runs[1].model.set_runtime(compile=True)
+    runs[2].model.set_runtime(compile=True, activation_checkpointing="block")
+    for run in runs:
+        run.model.double().train()
+        for _ in steps:
+            train_step(run)
+    eager, *compiled = [run.usage.counts[FIRST] for run in runs]
+    assert eager.sum() == 3 * 2 * 32 * 2
+    for run, counts in zip(runs[1:], compiled, strict=True):
+        assert torch.equal(counts, eager)
+        assert torch.equal(run.model.state_dict()[BIAS], runs[0].model.state_dict()[BIAS])
+
+
 def test_a_skipped_step_moves_no_bias_and_counts_nothing(tiny, inject):
     run = bare_run(tiny(*MOE), [[random_batch(2, 32, seed=s)] for s in (1, 2)])
     run.model.train()
@@ -189,11 +210,17 @@ def test_trackers_get_every_layer(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resumed_equals_uninterrupted(tiny, tmp_path, inject, monkeypatch, precision):  # fault 17
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param((), id="adamw-fp32"),
+        pytest.param(("optimizer.type=muon", "optimizer.learning_rate=3e-3", "precision=bf16"), id="muon-bf16"),
+    ],
+)
+def test_resumed_equals_uninterrupted(tiny, tmp_path, inject, monkeypatch, overrides):  # fault 17
     """Weights, biases, counts and lines, stopped in the middle of a window."""
-    overrides = ("logging.usage_interval=5", "logging.dead_after=2", f"precision={precision}")
-    experiment = tiny(*MOE, *overrides)
+    odd = "training.max_steps=13"  # so that steps up and down cannot cancel
+    experiment = tiny(*MOE, odd, "logging.usage_interval=5", "logging.dead_after=2", *overrides)
     whole = train(experiment, tmp_path / "whole")
     for step in (3, 8):
         inject(f"train.step:{step}:term")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -82,6 +83,10 @@ class Experts(nn.Module):
         self.up_proj = make(width, inner, std)
         self.down_proj = make(inner, width, down_std)
         self.activation = ACTIVATIONS[config.activation]
+
+    def linears(self) -> Iterator[ExpertLinear]:
+        """The maps each expert has of its own."""
+        return (linear for linear in (self.gate_proj, self.up_proj, self.down_proj) if linear is not None)
 
     def forward(
         self,

@@ -30,7 +30,7 @@ class Moe(Part):
     it is cut into micro-batches; its shares add up to num_experts_per_tok, as in transformers, and every layer has its
     own (transformers averages over layers first). With sigmoid scoring its probabilities are the scores divided by
     their sum, as in DeepSeek-V3's loss within a sequence. Padding is routed like everything else, but counts for no
-    loss and no load. Matrices of experts are plain, whatever the model's kind of linear map.
+    loss and no load.
 
     Acts on each position alone: no state.
     Cost: ``2·D·E + k · 2 · (3 or 2) · D · F`` forward FLOPs per position, and the shared experts'.
@@ -68,15 +68,16 @@ class Moe(Part):
         return sums
 
     def after_update(self, usage: Mapping[str, Tensor]) -> None:
-        self.router.balance(usage["experts"])
+        if "experts" in usage:  # counted while training only
+            self.router.balance(usage["experts"])
 
     def flops_per_token(self, seq_len: int) -> float:
-        chosen = sum(p.numel() for p in self.experts.parameters() if p.ndim == 3) * self.share_chosen
+        chosen = sum(linear.weight.numel() for linear in self.experts.linears()) * self.share_chosen
         return float(linear_flops(self) + 2 * self.router.weight.numel() + 2 * chosen)
 
     def active_parameters(self) -> int:
-        experts = sum(p.numel() for p in self.experts.parameters())
-        return super().active_parameters() - experts + round(experts * self.share_chosen)
+        owned = sum(p.numel() for linear in self.experts.linears() for p in linear.parameters(recurse=False))
+        return super().active_parameters() - owned + round(owned * self.share_chosen)
 
 
 def _shared(config: MoeConfig) -> MlpConfig:
