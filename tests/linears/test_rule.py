@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from torch.utils.flop_counter import FlopCounterMode
 
 from graft.channel_mixers.experts import ExpertLinear
 from graft.config.load import load_experiment_from_dict
@@ -16,6 +17,7 @@ from graft.config.model import InitConfig, ModelConfig
 from graft.config.roles import ROLES
 from graft.contracts import sequence, training
 from graft.contracts.subject import Subject
+from graft.cost.counts import part_costs
 from graft.errors import ConfigError
 from graft.linears.bitlinear import BitLinear, TernaryOperands
 from graft.linears.bitlinear_config import BitLinearConfig
@@ -26,6 +28,8 @@ from graft.linears.low_rank_config import LowRankConfig
 from graft.model import Model, build_model
 from graft.norms.rms_norm_config import RMSNormConfig
 from graft.objectives.causal_lm_config import CausalLMConfig
+from graft.optimizers.groups import named_trainable
+from graft.optimizers.muon import takes_muon
 from graft.part import Site
 from graft.token_mixers.mla import MLA
 
@@ -80,6 +84,20 @@ def test_the_kind_of_a_mixer_with_a_role_of_its_own() -> None:
     ode = {"type": "ode", "solver": "euler", "steps": 1, "mixer": ATTENTION}
     built = model(ode, linear=KINDS["bitlinear"], linears={"ode": {"type": "dense"}})
     assert kinds(built) == {("Dense", "ode"): 4}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_price_and_optimizer_of_replaced_maps(kind: str) -> None:
+    shown = Subject(config(ATTENTION, MLP, linear=KINDS[kind]), CausalLMConfig())
+    built = shown.build(dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        state = built.init_state(1, 12)
+        for token in shown.tokens(1).split(1, dim=1):
+            _, state = built.decode(token, state)
+    counted = sum(cost.forward_flops_per_token for cost in part_costs(built, 12, torch.float32))
+    assert counted + built.head_flops_per_token() == pytest.approx(counter.get_total_flops() / 12, rel=0.01)
+    by_muon = {item.name for item in named_trainable(built) if takes_muon(item)}
+    assert by_muon == {n for n, p in built.named_parameters() if ".part." in n and p.ndim == 2}
 
 
 def test_routers_stay_dense_unless_named() -> None:
