@@ -239,7 +239,7 @@ class Session:
         say(f"data fingerprint {run.prepared.fingerprint}, vocabulary {run.prepared.vocab_size}")
         kernels = kernels_in_use(run.model.parts())
         say("kernels: " + ", ".join(f"{part} {kernel}" for part, kernel in kernels.items()))
-        self.notices.event("kernels", run.step, kernels)
+        self.notices.event("kernels", run.step, {"parts": kernels})
         for row in describe_groups(run.optimizer):
             say(
                 f"  {row.role:<14} {row.algorithm:<15} {row.num_tensors:>5} tensors {short(row.num_parameters):>7} "
