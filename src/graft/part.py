@@ -88,6 +88,13 @@ class Site:
         """
         return self.linears.get(role) or (DenseConfig() if role in DENSE_ROLES else self.linear)
 
+    def weight_std(self, *, residual_output: bool = False) -> float:
+        """The model's standard deviation of weights at start; depth-scaled, if configured, for those that write to the
+        residual stream.
+        """
+        depth_scaled = residual_output and self.init.residual == "depth"
+        return self.init.std / self.num_branches**0.5 if depth_scaled else self.init.std
+
     def make_linear(
         self,
         in_features: int,
@@ -110,9 +117,7 @@ class Site:
             init_std: standard deviation of the weight at start, whatever the model's; None = as the model says.
             config: another kind of map; None = the model's.
         """
-        std = self.init.std if init_std is None else init_std
-        if init_std is None and residual_output and self.init.residual == "depth":
-            std /= self.num_branches**0.5
+        std = self.weight_std(residual_output=residual_output) if init_std is None else init_std
         return (config or self.linear_of(role)).build(in_features, out_features, bias=bias, role=role, init_std=std)
 
     def make_operands(self, in_features: int, *, role: Role) -> nn.Module:

@@ -71,17 +71,15 @@ class Experts(nn.Module):
     def __init__(self, config: MoeConfig, site: Site):
         super().__init__()
         self.num_experts = config.num_experts
-        width, inner, std = site.hidden_size, config.intermediate_size, site.init.std
-        down_std = std / site.num_branches**0.5 if site.init.residual == "depth" else std
+        width, inner = site.hidden_size, config.intermediate_size
 
-        def make(in_features: int, out_features: int, init_std: float) -> ExpertLinear:
-            return ExpertLinear(
-                site, config.num_experts, in_features, out_features, bias=config.bias, init_std=init_std
-            )
+        def make(in_features: int, out_features: int, *, residual_output: bool = False) -> ExpertLinear:
+            std = site.weight_std(residual_output=residual_output)
+            return ExpertLinear(site, config.num_experts, in_features, out_features, bias=config.bias, init_std=std)
 
-        self.gate_proj = make(width, inner, std) if config.gated else None
-        self.up_proj = make(width, inner, std)
-        self.down_proj = make(inner, width, down_std)
+        self.gate_proj = make(width, inner) if config.gated else None
+        self.up_proj = make(width, inner)
+        self.down_proj = make(inner, width, residual_output=True)
         self.activation = ACTIVATIONS[config.activation]
 
     def linears(self) -> Iterator[ExpertLinear]:
