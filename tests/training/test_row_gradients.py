@@ -74,6 +74,17 @@ def test_norm_and_clipping_are_those_of_dense_gradients(tiny):
     assert float(clipped) == pytest.approx(0.1, rel=1e-4)
 
 
+def test_loops_and_recomputed_blocks_add_up(tiny):
+    """A table that is read twice in one forward pass, in blocks that are computed again in the backward pass."""
+    steps = [[random_batch(2, 16, seed=1)]]
+    options = (*PEER, "model.loops=2", "model.blocks.main.1.expert_hidden_size=2")
+    dense, rows = (bare_run(tiny(*options, *more), steps) for more in ((), (by_row("rowwise_adam"),)))
+    rows.model.set_runtime(activation_checkpointing="block")
+    assert float(gradients(dense)) == pytest.approx(float(gradients(rows)), rel=1e-6)
+    for (name, p), q in zip(tables(dense).items(), tables(rows).values(), strict=True):
+        torch.testing.assert_close(q.grad.to_dense(), p.grad, rtol=1e-5, atol=1e-8, msg=name)
+
+
 def test_scaling_leaves_small_gradients_alone():
     table = torch.nn.Parameter(torch.zeros(5, 2))
     table.grad = rows_only(torch.tensor([1, 4]), torch.tensor([[3.0, 0.0], [0.0, 4.0]]), 5)
