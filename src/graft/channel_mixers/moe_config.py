@@ -77,12 +77,11 @@ class MoeConfig(ChannelMixerConfig):
             )
             return
         kept = self.num_groups_per_tok or self.num_groups
-        if kept > self.num_groups:
-            yield Problem(("num_groups_per_tok",), f"there are only {self.num_groups} groups", "lower it")
-        elif kept == self.num_groups > 1:
+        grouped = self.num_groups > 1 or self.num_groups_per_tok is not None
+        if grouped and kept >= self.num_groups:
             yield Problem(
-                ("num_groups",),
-                f"every position may choose from all {kept} groups, so they do nothing",
+                ("num_groups_per_tok",),
+                f"a position may use {kept} of {self.num_groups} groups, so they limit nothing",
                 "set num_groups_per_tok lower than num_groups, or remove both",
             )
         elif kept * (self.num_experts // self.num_groups) < self.num_experts_per_tok:
