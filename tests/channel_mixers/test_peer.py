@@ -14,11 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from graft.channel_mixers.peer import Peer
 from graft.channel_mixers.peer_config import PeerConfig
 from graft.config.model import InitConfig
+from graft.cost.live_bytes import LiveBytes
 from graft.initialization import initialize
 from graft.linears.dense_config import DenseConfig
 from graft.norms.rms_norm_config import RMSNormConfig
 from graft.ops.row_gradients import coalesce_rows, mark_rows, split_rows
+from graft.optimizers.adamw_config import AdamWConfig
 from graft.optimizers.groups import named_trainable
+from graft.optimizers.groups_config import RoleOverride
 from graft.optimizers.muon import takes_muon
 from graft.part import Context, Site, parameter_roles
 
@@ -255,3 +258,29 @@ def test_advice() -> None:
     assert not advice(product_key_dims=[64, 64])
     assert "see later ones" in advice(product_key_dims=[64, 64], query_norm="batch")[0]
     assert "choose next to nothing" in advice(product_key_dims=[3, 4])[0]
+
+
+@pytest.mark.slow
+def test_a_step_over_a_million_experts_touches_what_it_reads() -> None:
+    """Memory beyond the weights stays a small share of a table, and all other rows keep every bit."""
+    part = peer(product_key_dims=[1024, 1024], query_dim=8, num_experts_per_tok=16)
+    groups: Any = {"expert_table": RoleOverride(update="rowwise_adagrad")}
+    optimizer = AdamWConfig(learning_rate=0.1, groups=groups).build(part)
+    before, table = part.expert_up.detach().clone(), part.expert_up.numel() * 4
+    with LiveBytes() as live:
+        views = [p.detach() for p in part.parameters()]  # a view makes the weights known
+        weights = live.open_window()
+        assert weights == sum(4 * v.numel() for v in views) > 2 * table
+        for _ in range(2):
+            out = part(torch.randn(1, 64, D), context(batch=1, length=64))
+            out.y.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    counts = 2 * out.usage["experts"].numel() * 8  # of two steps
+    states = sum(t.numel() * 4 for state in optimizer.state.values() for t in state.values())
+    assert states < table / 4
+    assert live.window_peak - weights - counts - states < table / 8
+    moved = (part.expert_up != before).any(1)
+    assert 0 < moved.sum() <= 2 * 64 * 3 * 16
+    sums = optimizer.state[part.expert_up]["row_sum"]
+    assert torch.equal(sums > 0, moved)
