@@ -118,6 +118,14 @@ def product_key_memory() -> type[nn.Module]:
         return importlib.import_module("product_key_memory.product_key_memory").PKM
 
 
+@cache
+def x_transformers() -> ModuleType:
+    """x-transformers, which is installed as any other; importing it warns about PyTorch features it still uses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return importlib.import_module("x_transformers.x_transformers")
+
+
 @contextmanager
 def importing(stand_ins: Mapping[str, ModuleType]) -> Iterator[None]:
     """Imports find the folder last, and stand-ins under these names, whether or not the real ones are installed."""

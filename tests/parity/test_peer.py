@@ -13,18 +13,14 @@ What maps to what:
 
 from __future__ import annotations
 
-from typing import Any
-
 import oracles
 import pytest
 import torch
+from layers import context, grad_of, our_layer
 from torch import Tensor, nn
 from weights import assert_close
 
 from graft.channel_mixers.peer import Peer
-from graft.config.model import ModelConfig
-from graft.model import build_model
-from graft.part import Context
 
 B, T, D = 2, 9, 12
 AXIS_KEYS, AXIS_DIM, CHOSEN = 7, 5, 6
@@ -32,7 +28,7 @@ TOLERANCE = 1e-12
 double = torch.float64
 
 
-def our_layer(heads: int, activation: str, kernels: Any) -> Peer:
+def our_peer(heads: int, activation: str, kernels: str) -> Peer:
     """With random weights."""
     peer = {
         "type": "peer",
@@ -43,10 +39,7 @@ def our_layer(heads: int, activation: str, kernels: Any) -> Peer:
         "query_norm": "none",
         "activation": activation,
     }
-    config = {"hidden_size": D, "num_layers": 1, "norm": {"type": "rms_norm"}, "blocks": {"decoder": [peer]}}
-    model = build_model(ModelConfig.model_validate(config), 7, seed=0, dtype=double)
-    model.set_runtime(kernels=kernels)
-    part = model.get_submodule("layers.0.peer.part")
+    part = our_layer(D, peer, kernels=kernels)
     assert isinstance(part, Peer)
     for parameter in part.parameters():
         nn.init.normal_(parameter, std=0.7)
@@ -63,12 +56,7 @@ def counterparts(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Our parameters and theirs, in the shape of theirs; or their gradients, those of keys summed over the heads."""
 
-    def of(parameter: Tensor) -> Tensor:
-        if not grad:
-            return parameter.detach()
-        assert parameter.grad is not None
-        return parameter.grad
-
+    of = grad_of if grad else torch.Tensor.detach
     our_keys, their_keys = ours.keys(), of(theirs.keys)
     return {
         "queries": (axis_by_axis(of(ours.query_proj.weight), len(their_keys)), of(queries.weight)),
@@ -86,8 +74,7 @@ def assert_same(
     xs = [torch.randn(B, T, D - one, dtype=double).requires_grad_()]
     xs.append(xs[0].detach().clone().requires_grad_())
     inputs = [nn.functional.pad(x, (int(one), 0), value=1.0) for x in xs]
-    ctx = Context(torch.zeros(B, T, dtype=torch.int64), torch.arange(T).expand(B, T))
-    actual, expected = ours(inputs[0], ctx).y, theirs(inputs[1])
+    actual, expected = ours(inputs[0], context(inputs[0])).y, theirs(inputs[1])
     assert_close(actual, expected, "output", TOLERANCE)
     direction = torch.randn_like(actual)
     actual.backward(direction)
@@ -100,7 +87,7 @@ def assert_same(
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
 @pytest.mark.parametrize("heads", [1, 3])
 def test_peer(heads: int, kernels: str) -> None:
-    ours = our_layer(heads, "gelu", kernels)
+    ours = our_peer(heads, "gelu", kernels)
     theirs = oracles.peer()(
         D,
         heads=heads,
@@ -116,7 +103,7 @@ def test_peer(heads: int, kernels: str) -> None:
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
 @pytest.mark.parametrize("heads", [1, 3])
 def test_product_key_memory(heads: int, kernels: str) -> None:
-    ours = our_layer(heads, "relu", kernels)
+    ours = our_peer(heads, "relu", kernels)
     with torch.no_grad():
         ours.expert_down.copy_(torch.eye(D)[0])
     theirs = oracles.product_key_memory()(D, heads=heads, num_keys=AXIS_KEYS, topk=CHOSEN, dim_head=AXIS_DIM).double()

@@ -23,12 +23,12 @@ from typing import Any
 import oracles
 import pytest
 import torch
+from layers import context
 from torch import Tensor, nn
 from weights import assert_close, randomize
 
 from graft.config.model import ModelConfig
 from graft.model import Model, build_model
-from graft.part import Context
 from graft.token_mixers.retention import Retention, log_factors
 
 H, F, LAYERS, VOCAB, T = 6, 40, 2, 43, 14
@@ -188,10 +188,6 @@ def layers(oracle: nn.Module) -> tuple[nn.Module, Retention]:
     return oracle.layers[0].retention, part
 
 
-def context() -> Context:
-    return Context(torch.zeros(2, T, dtype=torch.int64), torch.arange(T).expand(2, T))
-
-
 def row_sums(layer: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
     """Sums of their scores, without rotation: [B, N, T]."""
     q, k = (p(x).unflatten(-1, (-1, H)).transpose(1, 2) for p in (layer.q_proj, layer.k_proj))
@@ -208,7 +204,7 @@ def test_gradients_of_one_layer(scale: float, eps: float, above: bool) -> None:
     assert bool((row_sums(theirs_, x, tables[1]).abs() > 1).any()) == above
     with in_double():
         expected = theirs_(x, tables)
-    actual = ours_(x, context()).y
+    actual = ours_(x, context(x)).y
     direction = torch.randn_like(actual)
     wanted, got = (torch.autograd.grad(y, x, direction)[0] for y in (expected, actual))
     assert_close(actual, expected, "output", 1e-12)
@@ -227,4 +223,4 @@ def test_heads_before_their_norm() -> None:
     with in_double():
         theirs_(x, tables)
     hook.remove()
-    assert_close(ours_.retain(x, context(), None)[0], seen[0], "heads", 1e-12)
+    assert_close(ours_.retain(x, context(x), None)[0], seen[0], "heads", 1e-12)

@@ -28,14 +28,14 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
+from layers import grad_of, our_layer
 from torch import Tensor, nn
 from weights import assert_close
 
-from graft.config.model import ModelConfig
-from graft.model import build_model
 from graft.ops.documents import find_documents
 from graft.ops.neural_memory import scan
 from graft.ops.neural_memory_chunk import Bases, Memory, Writing, evaluate
+from graft.token_mixers.titans_base import Titans
 from graft.token_mixers.titans_memory import NeuralMemory
 
 B, N, H, D, T = 2, 3, 4, 10, 17
@@ -47,16 +47,11 @@ def our_memory(depth: int, chunk_size: int) -> NeuralMemory:
     """With random weights."""
     titans = {"type": "titans", "num_heads": N, "head_dim": H, "position": {"type": "none"}, "chunk_size": chunk_size}
     memory = {"memory_depth": depth, "memory_intermediate_size": 5 if depth > 1 else None, "max_memory_step": MAX_STEP}
-    blocks = {"decoder": [{**titans, **memory}]}
-    config = {"hidden_size": D, "num_layers": 1, "norm": {"type": "rms_norm"}, "blocks": blocks}
-    part = build_model(ModelConfig.model_validate(config), 7, seed=0, dtype=double).get_submodule(
-        "layers.0.titans.part"
-    )
-    memory = part.memory
-    assert isinstance(memory, NeuralMemory)
-    for parameter in memory.parameters():
+    part = our_layer(D, {**titans, **memory})
+    assert isinstance(part, Titans)
+    for parameter in part.memory.parameters():
         nn.init.normal_(parameter, std=0.5)
-    return memory
+    return part.memory
 
 
 class SiluMemory(nn.Module):
@@ -105,12 +100,7 @@ def their_memory(ours: NeuralMemory, **more: Any) -> nn.Module:
 def counterparts(ours: NeuralMemory, theirs: nn.Module, *, grad: bool = False) -> list[tuple[Tensor, Tensor]]:
     """Our parameters (or their gradients) and theirs. Theirs has no other that learns, but for its unused template."""
 
-    def of(parameter: Tensor) -> Tensor:
-        if not grad:
-            return parameter
-        assert parameter.grad is not None
-        return parameter.grad
-
+    of = grad_of if grad else torch.Tensor.detach
     gates = [theirs.to_adaptive_step, theirs.to_momentum, theirs.to_decay_factor]
     weights, biases = of(ours.gate_proj.weight).split(N), of(ours.gate_bias)
     used = [
