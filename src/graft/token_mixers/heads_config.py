@@ -18,7 +18,9 @@ class HeadsConfig(TokenMixerConfig):
     head_dim: int | None = knob(
         None, "channels per head (H), free of hidden_size; null = hidden_size / num_heads", ge=1
     )
-    sliding_window: int | None = knob(None, "keys a query sees, itself included; null = all", ge=1)
+    sliding_window: int | None = knob(
+        None, "keys a query sees, itself included; in an encoder it sees as many ahead; null = all", ge=1
+    )
     position: Position = knob(doc="how positions enter: {type: rope | xpos | hope | alibi | none}")
     qk_norm: Norm | None = knob(None, "norm on each head's q and k before positions; null = none")
     qkv_bias: bool = knob(False, "bias on the q, k and v projections (Qwen2)")
