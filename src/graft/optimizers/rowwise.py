@@ -18,7 +18,7 @@ from graft.optimizers.grouped import States, Update
 from graft.optimizers.groups import Group, Named, build_groups
 from graft.optimizers.groups_config import GroupedOptimizerConfig, RowUpdate
 
-PIECE_BYTES = 2 * 2**20
+PIECE_BYTES = 8 * 2**20
 """An update works on this many bytes of rows at a time: what it holds stays in a cache."""
 
 
