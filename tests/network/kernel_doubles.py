@@ -105,8 +105,8 @@ def chunk_simple_gla(
 ) -> tuple[Tensor, None]:
     CALLS.append("chunk_simple_gla")
     assert g is not None
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _by_document(_linear, cu_seqlens, q * scale, k, v, g[..., None].expand_as(k)), None
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    return _by_document(_linear, cu_seqlens, q * factor, k, v, g[..., None].expand_as(k)), None
 
 
 def chunk_gla(
@@ -123,8 +123,8 @@ def chunk_gla(
 ) -> tuple[Tensor, None]:
     CALLS.append("chunk_gla")
     assert g.isfinite().all(), "sums of −∞ are no numbers"
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _by_document(_linear, cu_seqlens, q * scale, k, v, g), None
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    return _by_document(_linear, cu_seqlens, q * factor, k, v, g), None
 
 
 def _delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
@@ -152,8 +152,8 @@ def chunk_gated_delta_rule(
 ) -> tuple[Tensor, None]:
     CALLS.append("chunk_gated_delta_rule")
     assert g.isfinite().all(), "sums of −∞ are no numbers"
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _by_document(_delta, cu_seqlens, q * scale, k, v, g, beta), None
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    return _by_document(_delta, cu_seqlens, q * factor, k, v, g, beta), None
 
 
 def mamba_chunk_scan_combined(
