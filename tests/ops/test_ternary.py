@@ -80,7 +80,7 @@ def test_packing_is_exact(rows: int, columns: int, seed: int) -> None:
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)]
 )
-@pytest.mark.parametrize("shape", [(1, 1, 13), (2, 3, 13), (40, 64)])
+@pytest.mark.parametrize("shape", [(1, 1, 13), (2, 3, 13), (40, 64), (3, 2), (5, 5)])
 def test_product_of_whole_numbers_equals_that_of_floats(
     shape: tuple[int, ...], dtype: torch.dtype, tolerance: float
 ) -> None:

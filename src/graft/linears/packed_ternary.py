@@ -13,8 +13,8 @@ from graft.ops.ternary import PER_BYTE, pack_codes, packed_linear, packed_linear
 class PackedTernary(nn.Module):
     """What a trained `graft.linears.bitlinear.BitLinear` computes, from its codes in bytes and its scale.
 
-    Weights are unpacked to int8 at every call, and multiplied with the 8-bit activations as whole numbers; nothing
-    larger than a byte per weight of this one layer is ever held. Only buffers: nothing here can be trained.
+    Weights are multiplied with the 8-bit activations as whole numbers, a two-bit place of all bytes at a time; nothing
+    larger is ever made of them. Only buffers: nothing here can be trained.
 
     Args:
         in_features: channels in.

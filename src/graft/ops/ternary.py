@@ -120,16 +120,23 @@ def packed_linear_reference(x: Tensor, packed: Tensor, scale: Tensor, bias: Tens
 
 
 def packed_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """`packed_linear_reference` by a product of whole numbers, exact before the scales; arguments as there.
+    """`packed_linear_reference` by products of whole numbers, exact before the scales; arguments as there.
 
-    On a CPU the codes stay int8; elsewhere they are multiplied as fp32, whose sums of such codes are exact too.
+    One product per two-bit place of the bytes: a place of all bytes is a run of columns (see `pack_codes`), and
+    ``Σ x · (digit − 1) = Σ x · digit − Σ x``, so that the digits are used as they are masked out. On a CPU they stay
+    int8; elsewhere they are multiplied as fp32, whose sums of such numbers are exact too.
     """
-    rows = int8_rows(x.flatten(0, -2))
-    codes = unpack_codes(packed, x.shape[-1])
-    if x.device.type == "cpu":
-        sums = torch._int_mm(rows.codes.to(torch.int8), codes.T)
-    else:
-        sums = rows.codes @ codes.T.to(rows.codes.dtype)
-    y = sums.to(rows.scale.dtype) * (rows.scale * scale.to(rows.scale.dtype))
+    rows, num_bytes = int8_rows(x.flatten(0, -2)), packed.shape[-1]
+    codes = F.pad(rows.codes, (0, num_bytes * PER_BYTE - x.shape[-1]))
+    sums = -codes.sum(-1, keepdim=True)
+    whole = x.device.type == "cpu" and num_bytes > 1  # PyTorch 2.13 multiplies single columns of int8 wrongly
+    for place, run in enumerate(codes.split(num_bytes, dim=-1)):
+        digits = (packed >> (2 * place)) & 3
+        if whole:
+            products = torch._int_mm(run.to(torch.int8), digits.view(torch.int8).T)
+        else:
+            products = run @ digits.T.to(run.dtype)
+        sums = sums + products
+    y = sums * (rows.scale * scale.to(rows.scale.dtype))
     y = y if bias is None else y + bias
     return y.to(x.dtype).unflatten(0, x.shape[:-1])
