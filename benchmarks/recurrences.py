@@ -1,7 +1,7 @@
 """Retention: chunks against all pairs and against the recurrence. Mamba-2: the layer stack against transformers'.
 
-Forward and backward, fp32. graft's variants run on the route of fp32 products that ``graft train`` finds out where it is
-faster, all others as PyTorch starts, and so does graft once more.
+Forward and backward, fp32. graft runs on the route of fp32 products that ``graft train`` finds out where that is
+faster; all others run as PyTorch starts, and so does graft once more.
 """
 
 from __future__ import annotations
