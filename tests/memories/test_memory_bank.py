@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from graft.config.model import InitConfig, ModelConfig
-from graft.contracts.subject import loud
+from graft.contracts.sequence import decoding_equals_forward, never_looks_ahead
+from graft.contracts.subject import Subject, loud
+from graft.contracts.training import every_parameter_learns, micro_batches_add_up
 from graft.cost.counts import idle_shared_parameters
 from graft.initialization import initialize
 from graft.linears.bitlinear_config import BitLinearConfig
@@ -21,6 +23,7 @@ from graft.memories.memory_bank import MemoryBank
 from graft.memories.memory_bank_config import MemoryBankConfig
 from graft.model import build_model
 from graft.norms.rms_norm_config import RMSNormConfig
+from graft.objectives.causal_lm_config import CausalLMConfig
 from graft.part import Context, Site, linear_flops, parameter_roles
 
 D, N, M = 12, 3, 8
@@ -374,3 +377,33 @@ def test_active_parameters_of_shared_banks() -> None:
     assert idle({**fields, "sharing": "every_k", "sharing_k": 1}) == 4 * (size - half)
     assert idle({**fields, "sharing": "per_layer"}) == 0
     assert idle({"layers": [1]}) == 0
+
+
+@pytest.mark.parametrize("form", [{}, {"low_rank_mode": "factorized", "rank": 16}])
+def test_slots_start_with_the_deviation_asked_for(form: dict[str, Any]) -> None:
+    part = memory_config(sharing="per_layer", **{"num_slots": 2000, "init_std": 0.05, "memory_dim": 64, **form}).build(
+        site()
+    )
+    initialize(part, seed=0)
+    assert slots_of(part).std().item() == pytest.approx(0.05, rel=0.1)
+    assert not part.o_proj.weight.any()
+
+
+def test_inside_a_differential_equation_in_loops() -> None:
+    """Each evaluation of f, in each loop, has a state of its own; the bank is one."""
+    attention = {"type": "attention", "num_heads": 2, "position": {"type": "rope"}}
+    memory = {
+        "type": "memory_bank",
+        "num_slots": 8,
+        "num_heads": 2,
+        **CHAPTERS,
+        "routing": "rolling",
+        "routing_window": 3,
+    }
+    blocks = {"b": [{"type": "ode", "branches": [attention, memory], "solver": "midpoint"}]}
+    config = {"hidden_size": 8, "num_layers": 2, "loops": 2, "norm": {"type": "rms_norm"}, "blocks": blocks}
+    subject = Subject(ModelConfig.model_validate(config), CausalLMConfig())
+    assert len(banks(subject.model)) == 1
+    assert parameter_roles(subject.model)["shared.bank.slots"] == "memory_bank"
+    for contract in (decoding_equals_forward, never_looks_ahead, every_parameter_learns, micro_batches_add_up):
+        contract(subject)
