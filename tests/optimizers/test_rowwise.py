@@ -51,9 +51,10 @@ def fill(model: Tables, step: int) -> None:
     for salt, table in enumerate((model.down, model.up)):
         rows = torch.tensor(USED[step], dtype=torch.int64)
         values = gradient(step, salt, USED[step])
+        orders = torch.arange(len(rows)), torch.arange(len(rows)).flip(0)
         pieces = [
-            torch.sparse_coo_tensor(rows[None], share * values, (ROWS, WIDTH), check_invariants=True)
-            for share in (0.25, 0.75)
+            torch.sparse_coo_tensor(rows[order][None], share * values[order], (ROWS, WIDTH), check_invariants=True)
+            for share, order in zip((0.25, 0.75), orders, strict=True)
         ]
         table.grad = pieces[0] + pieces[1]
     model.plain.grad = torch.ones(4, 5)
