@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import jaxtyping
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import graft.shapes
+from graft.faults import reset_faults
 
 torch.set_num_threads(1)  # tests run side by side, and tiny tensors gain nothing from more
 
@@ -58,3 +59,16 @@ def compiling() -> Iterator[None]:
         yield
     torch.compiler.reset()
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def inject(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Sets the faults that ``GRAFT_FAULT`` describes, from now to the end of the test."""
+
+    def set_faults(text: str) -> None:
+        reset_faults()
+        monkeypatch.setenv("GRAFT_FAULT", text)
+
+    yield set_faults
+    monkeypatch.delenv("GRAFT_FAULT", raising=False)
+    reset_faults()

@@ -12,17 +12,7 @@ import time
 import pytest
 
 from graft.errors import ConfigError
-from graft.faults import InjectedFault, fault_active, fault_point, reset_faults
-
-
-@pytest.fixture
-def inject(monkeypatch):
-    def set_faults(text):
-        reset_faults()
-        monkeypatch.setenv("GRAFT_FAULT", text)
-
-    yield set_faults
-    reset_faults()
+from graft.faults import InjectedFault, fault_active, fault_point
 
 
 def test_nothing_happens_without_the_variable(monkeypatch):

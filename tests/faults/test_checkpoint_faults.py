@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from graft.errors import CheckpointError
-from graft.faults import InjectedFault, reset_faults
+from graft.faults import InjectedFault
 from graft.training import durable
 from graft.training.checkpoint import CheckpointStore, SaveFailed
 from graft.training.checkpoint_reader import verify_checkpoint
@@ -70,16 +70,6 @@ def store(tmp_path, heard, two_checkpoints):
     """Checkpoints of steps 10 and 20."""
     folder = Path(shutil.copytree(two_checkpoints, tmp_path / "checkpoints"))
     return CheckpointStore(folder, keep_last=3, keep_best=0, report=lambda kind, fields: heard.append((kind, fields)))
-
-
-@pytest.fixture
-def inject(monkeypatch):
-    def set_faults(text):
-        reset_faults()
-        monkeypatch.setenv("GRAFT_FAULT", text)
-
-    yield set_faults
-    reset_faults()
 
 
 # ------------------------------------------------------------------ rows 2 to 5: killed

@@ -20,7 +20,6 @@ import torch
 
 from graft import api
 from graft.errors import ResourceError
-from graft.faults import reset_faults
 from graft.training.checkpoint import CheckpointStore
 from tiny_run import lines, tiny
 
@@ -196,14 +195,9 @@ def test_the_second_signal_ends_it_at_once_with_the_last_checkpoint_valid(start,
 
 
 @pytest.fixture
-def inject(monkeypatch):
-    def set_faults(text):
-        reset_faults()
-        monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-        monkeypatch.setenv("GRAFT_FAULT", text)
-
-    yield set_faults
-    reset_faults()
+def inject(inject, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    return inject
 
 
 def train_here(work, out, *overrides):

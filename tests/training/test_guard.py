@@ -11,23 +11,12 @@ import torch
 from graft import api
 from graft.config.experiment import GuardConfig
 from graft.errors import DivergedError
-from graft.faults import reset_faults
 from graft.optimizers.grouped import GroupedOptimizer
 from graft.training.guard import Guard, Verdict, first_non_finite, non_finite_parameters
 from graft.training.session import Session
 from tiny_run import bare_run, lines, random_batch
 
 ONE, NAN, INF = torch.tensor(1.0), torch.tensor(float("nan")), torch.tensor(float("inf"))
-
-
-@pytest.fixture
-def inject(monkeypatch):
-    def set_faults(text):
-        reset_faults()
-        monkeypatch.setenv("GRAFT_FAULT", text)
-
-    yield set_faults
-    reset_faults()
 
 
 def train(experiment, folder, **options):

@@ -11,7 +11,6 @@ import torch
 
 from graft import api
 from graft.errors import CheckpointError, Preempted
-from graft.faults import reset_faults
 from graft.ops.row_gradients import rows_only
 from graft.training.gradients import gradient_values, scale_to_norm
 from graft.training.guard import Verdict, first_non_finite
@@ -32,16 +31,6 @@ def by_row(update: str, **more: Any) -> str:
 
 
 BOTH = pytest.mark.parametrize("update", ["rowwise_adagrad", "rowwise_adam"])
-
-
-@pytest.fixture
-def inject(monkeypatch):
-    def set_faults(text):
-        reset_faults()
-        monkeypatch.setenv("GRAFT_FAULT", text)
-
-    yield set_faults
-    reset_faults()
 
 
 def tables(run) -> dict[str, torch.Tensor]:

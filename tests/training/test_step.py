@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 
-from graft.faults import reset_faults
 from graft.training.guard import Verdict
 from graft.training.step import train_step
 from tiny_run import bare_run, random_batch, tiny
@@ -17,16 +16,6 @@ NO_DROPOUT = (
     "model.blocks.main.1.dropout=0",
     "model.blocks.main.1.residual_dropout=0",
 )
-
-
-@pytest.fixture
-def inject(monkeypatch):
-    def set_faults(text):
-        reset_faults()
-        monkeypatch.setenv("GRAFT_FAULT", text)
-
-    yield set_faults
-    reset_faults()
 
 
 def split(batch, parts):

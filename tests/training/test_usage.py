@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from graft import api
 from graft.errors import Preempted
-from graft.faults import reset_faults
 from graft.training.step import train_step
 from graft.training.usage import UsageMemory, coverage, dead, entropy, gini, hot, summed_over_ranks
 from tiny_run import assert_same_state, bare_run, lines, random_batch
@@ -30,17 +29,6 @@ BIAS = "layers.0.moe.part.router.balance_bias"
 
 def train(experiment, folder, **options):
     return api.train(experiment, out=folder, stream=io.StringIO(), **options)
-
-
-@pytest.fixture
-def inject(monkeypatch):
-    def set_faults(text):
-        reset_faults()
-        monkeypatch.setenv("GRAFT_FAULT", text)
-
-    yield set_faults
-    monkeypatch.delenv("GRAFT_FAULT", raising=False)
-    reset_faults()
 
 
 # ---------------------------------------------------------------------- figures
