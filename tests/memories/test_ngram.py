@@ -22,9 +22,12 @@ from graft.memories.ngram import Ngram
 from graft.memories.ngram_config import NgramConfig
 from graft.model import Model, build_model
 from graft.objectives.causal_lm_config import CausalLMConfig
+from graft.ops.ngram_hash import hashed_rows
 from graft.ops.row_gradients import mark_rows
 from graft.optimizers.groups import describe_groups
 from graft.part import Context, parameter_roles, tensors_of
+from graft.training.step import train_step
+from tiny_run import bare_run, random_batch, tiny
 
 PRESET = Path(__file__).parents[2] / "presets/memories/ngram.yaml"
 D, VOCAB = 16, 31
@@ -215,6 +218,49 @@ def test_gradients_of_the_rows_that_were_read() -> None:
         assert table.grad is not None
         assert table.grad.is_sparse == rows
         grads.append(table.grad.to_dense() if rows else table.grad.clone())
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("update", ["rowwise_adagrad", "rowwise_adam"])
+def test_a_step_touches_only_the_rows_it_read(tmp_path: Path, update: str) -> None:
+    memory = "model.blocks.main.0={type: ngram, table_size: 400, num_hash_heads: 2, row_dim: 4}"
+    experiment = tiny(tmp_path, memory, f"optimizer.groups={{expert_table: {{update: {update}, lr_multiplier: 5.0}}}}")
+    microbatches = [random_batch(1, 8, seed=0), random_batch(1, 8, seed=1)]
+    run = bare_run(experiment, [microbatches])
+    tables = [m.tables for m in run.model.modules() if isinstance(m, Ngram)]
+    before = [t.weight.detach().clone() for t in tables]
+    part = part_of(run.model)
+    with torch.no_grad():
+        read = [hashed_rows(part._suffixes(context(b.input_ids_BT), None)[0], *_hash(part)) for b in microbatches]
+    train_step(run)
+    moved = (tables[0].weight != before[0]).any(-1).nonzero().flatten()
+    assert torch.equal(moved, (torch.cat(read) + _offsets(part)).unique())
+    assert len(moved) < 0.2 * len(before[0])
+    assert all((t.weight != b).any() for t, b in zip(tables, before, strict=True))
+
+
+def _hash(part: Ngram) -> tuple[Tensor, Tensor]:
+    return part.tables.multipliers, torch.tensor(part.tables.sizes)
+
+
+def _offsets(part: Ngram) -> Tensor:
+    return torch.tensor([sum(part.tables.sizes[:i]) for i in range(len(part.tables.sizes))])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiling")
+def test_compiled_with_gradients_of_rows() -> None:
+    model, ids = subject(MEMORY, ATTENTION).build(), torch.randint(VOCAB, (2, 9))
+    table = part_of(model).tables.weight
+    mark_rows(table, True)
+    grads = []
+    for compile in (False, True):
+        model.set_runtime(compile=compile)
+        model.zero_grad()
+        model(ids).square().sum().backward()
+        assert table.grad is not None
+        assert table.grad.is_sparse
+        grads.append([table.grad.to_dense(), *(p.grad for p in model.parameters() if p is not table)])
     torch.testing.assert_close(*grads)
 
 

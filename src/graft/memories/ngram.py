@@ -13,6 +13,7 @@ from graft.initialization import Rng, normal_
 from graft.memories.canonical_ids import CanonicalIds
 from graft.memories.ngram_config import NgramConfig
 from graft.ops.ngram_hash import LARGEST, hashed_rows, primes_from, suffixes
+from graft.ops.outside_graphs import outside_graphs
 from graft.ops.row_gradients import wants_rows
 from graft.ops.short_conv import ConvState
 from graft.part import Context, Part, PartOutput, Site, linear_flops
@@ -71,7 +72,9 @@ class NgramTables(nn.Module):
         """The rows of all hashes side by side."""
         sizes_R = torch.tensor(self.sizes, device=suffixes_BTN.device)
         rows_BTR = hashed_rows(suffixes_BTN, self.multipliers, sizes_R) + (sizes_R.cumsum(0) - sizes_R)
-        return F.embedding(rows_BTR, self.weight, sparse=wants_rows(self.weight)).flatten(-2)
+        if wants_rows(self.weight):  # compiled graphs know no gradients of single rows
+            return outside_graphs(F.embedding)(rows_BTR, self.weight, sparse=True).flatten(-2)
+        return F.embedding(rows_BTR, self.weight).flatten(-2)
 
 
 class Ngram(Part):
