@@ -1,105 +1,117 @@
 """Retention: chunks against all pairs and against the recurrence. Mamba-2: the layer stack against transformers'.
 
-Forward and backward, fp32. graft runs on the route of fp32 products that ``graft train`` finds out where that is
-faster; all others run as PyTorch starts, and so does graft once more.
+Forward and backward, fp32, each side in a process of its own. graft is set up as ``graft train`` sets itself up where
+that is faster (allocator, route of fp32 products); all others run as PyTorch starts, and so does graft once more.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.timing import comparison, interleaved, record
+from benchmarks.timing import Elsewhere, comparison, interleaved, record
 from graft.config.model import ModelConfig
 from graft.model import Model, build_model
 from graft.ops.decay_attention import chunked_decay_attention
 from graft.ops.decay_attention_reference import parallel_decay_attention, recurrent_decay_attention
 from graft.token_mixers.retention import log_factors
 from graft.training.matmul import use_onednn_fp32
+from graft.training.runtime import tune_allocator
 
 B, T, N, H = 2, 1024, 8, 64
 VALUE_FACTORS = (1, 2)
-OWN = "graft"
-"""Variants whose names begin so run on graft's own route of fp32 products."""
 
 
 def run(args: argparse.Namespace) -> None:
-    before = torch.get_float32_matmul_precision()
-    try:
-        for factor in VALUE_FACTORS:
-            retention(factor, args.rounds)
-        mamba2(args.rounds)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    for factor in VALUE_FACTORS:
+        text = f"{B} sequences of {T}, {N} heads of {H} channels."
+        compare(f"Retention in three forms, values {factor} x {H}", text, retention, RETENTION, args, factor=factor)
+    compare("Mamba-2, two layers of width 512", f"{B} sequences of {T}.", mamba2, MAMBA2, args)
 
 
-def routed(name: str, call: Callable[[], object]) -> Callable[[], None]:
-    """``call`` with its variant's route of fp32 products."""
+def compare(
+    title: str, text: str, function: Callable[..., object], sides: dict[str, str], args: Any, **more: int
+) -> None:
+    """Records a table of the sides, the first against the others; each runs in a process of its own."""
+    processes = {
+        name: Elsewhere("benchmarks.recurrences", function.__name__, form=form, tuned=name.startswith("graft"), **more)
+        for name, form in sides.items()
+    }
+    timed = interleaved(processes, rounds=args.rounds)
+    for process in processes.values():
+        process.close()
+    record(title, f"{text}\n\n{comparison(timed, next(iter(sides)))}")
 
-    def routed_call() -> None:
-        use_onednn_fp32(name.startswith(OWN))
-        call()
 
-    return routed_call
+def tune() -> None:
+    """What ``graft train`` does at its start where it is faster: glibc keeps memory, oneDNN multiplies."""
+    tune_allocator()
+    use_onednn_fp32(True)
 
 
-def retention(value_factor: int, rounds: int) -> None:
-    """The three forms over the same numbers."""
+RETENTION = {
+    "graft, chunks": "chunks",
+    "chunks, PyTorch's settings": "chunks",
+    "all pairs": "pairs",
+    "recurrence": "recurrence",
+}
+"""Side -> form. What begins with graft is tuned."""
+
+MAMBA2 = {"graft": "graft", "own code, PyTorch's settings": "graft", "transformers": "transformers"}
+
+FORMS: dict[str, Callable[..., Any]] = {
+    "chunks": chunked_decay_attention,
+    "pairs": parallel_decay_attention,
+    "recurrence": recurrent_decay_attention,
+}
+
+
+def retention(*, form: str, tuned: bool, factor: int) -> Callable[[], None]:
+    """One form forward and backward, after a look at whether its numbers are those of the recurrence."""
+    if tuned:
+        tune()
+    torch.manual_seed(0)
     q, k = (torch.randn(B, T, N, H).requires_grad_() for _ in range(2))
-    v = torch.randn(B, T, N, value_factor * H).requires_grad_()
+    v = torch.randn(B, T, N, factor * H).requires_grad_()
     log_decay_11N = log_factors(N, device=q.device, dtype=q.dtype)[None, None]
     direction = torch.randn_like(v)
-    forms: dict[str, Callable[..., Any]] = {
-        "graft, chunks": chunked_decay_attention,
-        "chunks, PyTorch's route of products": chunked_decay_attention,
-        "all pairs": parallel_decay_attention,
-        "recurrence": recurrent_decay_attention,
-    }
 
-    def both_ways(form: Callable[..., Any]) -> Tensor:
-        y = form(q, k * H**-0.5, v, log_decay_11N)
-        y = y[0] if isinstance(y, tuple) else y
-        y.backward(direction)
-        return y
+    def outputs(name: str) -> Tensor:
+        y = FORMS[name](q, k * H**-0.5, v, log_decay_11N)
+        return y[0] if isinstance(y, tuple) else y
 
-    expected = both_ways(recurrent_decay_attention)
-    for form in forms.values():
-        torch.testing.assert_close(both_ways(form), expected, rtol=1e-3, atol=1e-3)
-    timed = interleaved({name: routed(name, partial(both_ways, form)) for name, form in forms.items()}, rounds=rounds)
-    record(
-        f"Retention in three forms, values {value_factor} x {H}",
-        f"{B} sequences of {T}, {N} heads of {H} channels.\n\n{comparison(timed, 'graft, chunks')}",
-    )
+    def call() -> None:
+        outputs(form).backward(direction)
+
+    with torch.no_grad():
+        torch.testing.assert_close(outputs(form), outputs("recurrence"), rtol=1e-3, atol=1e-3)
+    return call
 
 
-def mamba2(rounds: int) -> None:
-    """Two layers of width 512, embedding and last norm with them, equal weights."""
+def mamba2(*, form: str, tuned: bool) -> Callable[[], None]:
+    """Two layers of width 512, embedding and last norm with them, of ours or transformers', with equal weights."""
+    if tuned:
+        tune()
     ours, theirs = stacks()
     ids_BT = torch.randint(256, (B, T), generator=torch.Generator().manual_seed(0))
 
-    def mine() -> Tensor:
-        return ours.features(ids_BT).x_BTD
-
-    def transformers() -> Tensor:
-        return theirs.backbone(ids_BT).last_hidden_state
+    def outputs(name: str) -> Tensor:
+        return ours.features(ids_BT).x_BTD if name == "graft" else theirs.backbone(ids_BT).last_hidden_state
 
     with torch.no_grad():
-        torch.testing.assert_close(mine(), transformers(), rtol=1e-3, atol=1e-3)
-    forms = {"graft": mine, "transformers": transformers, "own code, PyTorch's route of products": mine}
-    calls = {name: routed(name, lambda form=form: form().square().sum().backward()) for name, form in forms.items()}
-    timed = interleaved(calls, rounds=rounds)
-    record("Mamba-2, two layers of width 512", f"{B} sequences of {T}.\n\n{comparison(timed, 'graft')}")
+        torch.testing.assert_close(outputs("graft"), outputs("transformers"), rtol=1e-3, atol=1e-3)
+    return lambda: outputs(form).square().sum().backward()
 
 
 def stacks() -> tuple[Model, Any]:
     """Ours and transformers', with the same weights."""
-    from transformers import Mamba2Config, Mamba2ForCausalLM
+    from transformers import Mamba2Config, Mamba2ForCausalLM, logging
 
+    logging.set_verbosity_error()  # it says that the path measured here is the slow one
     theirs = Mamba2ForCausalLM(
         Mamba2Config(
             vocab_size=256,

@@ -123,16 +123,28 @@ def chunked_decay_attention(
 
     scores_BXKCC = q_BXKCH @ k_BXKCH.mT
     weights = scores_BXKCC[:, :, :, None] * decays.within_BXNCC.unflatten(2, (K, -1))  # [B, X, K, G, C, C]
-    y_BXNCF = weights.flatten(2, 3).to(dtype) @ v_BXNCF
-
-    kept_BXNCF = (v_BXNCF * decays.to_end_BXNC[..., None]).to(dtype)
-    added = k_BXKCH.mT @ _heads_last(kept_BXNCF, K)  # [B, X, K, H, G·F]
-    entering, last = _scan(added, _per_group(decays.across_BXN, K, width), _grouped_state(state_BNHF, K, added))
-    read = _heads_apart(q_BXKCH @ entering.to(dtype), width)
-    y_BXNCF = y_BXNCF + read * decays.from_start_BXNC[..., None]
+    weights_BXNCC = weights.flatten(2, 3).to(dtype)
+    across = _per_group(decays.across_BXN, K, width)
+    if K == N:  # fading is worked into keys and queries, and one product adds what was before the chunk
+        added = (k_BXKCH * decays.to_end_BXNC[..., None]).to(dtype).mT @ v_BXNCF
+        entering, last = _scan(added, across, _grouped_state(state_BNHF, K, added))
+        faded_BXNCH = (q_BXKCH * decays.from_start_BXNC[..., None]).to(dtype)
+        y_BXNCF = _sum_of_products(weights_BXNCC, v_BXNCF, faded_BXNCH, entering.to(dtype))
+    else:
+        kept_BXNCF = (v_BXNCF * decays.to_end_BXNC[..., None]).to(dtype)
+        added = k_BXKCH.mT @ _heads_last(kept_BXNCF, K)  # [B, X, K, H, G·F]
+        entering, last = _scan(added, across, _grouped_state(state_BNHF, K, added))
+        read = _heads_apart(q_BXKCH @ entering.to(dtype), width)
+        y_BXNCF = weights_BXNCC @ v_BXNCF + read * decays.from_start_BXNC[..., None]
 
     y_BTNF = y_BXNCF.to(dtype).transpose(2, 3).flatten(1, 2)[:, :T]
     return y_BTNF, last.unflatten(-1, (N // K, width)).transpose(2, 3).flatten(1, 2)
+
+
+def _sum_of_products(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """``a @ b + c @ d`` over leading axes alike, added while multiplying."""
+    first = torch.bmm(a.flatten(0, -3), b.flatten(0, -3))
+    return torch.baddbmm(first, c.flatten(0, -3), d.flatten(0, -3)).unflatten(0, a.shape[:-2])
 
 
 def _chunks(x_BTNH: Tensor, size: int, extra: int) -> Tensor:
