@@ -11,7 +11,7 @@ G      query heads per key/value head, N = K · G
 H      head_dim: channels of a head
 F      intermediate_size: inner width of a channel mixer
 V      vocab_size
-E      num_experts
+E      num_experts, or chapters of a memory
 M      num_slots of a memory
 R      rank of a low-rank map
 P      query positions of one block of a block-wise computation
