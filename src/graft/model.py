@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from graft.config.families import LinearConfig
 from graft.config.model import ModelConfig
-from graft.config.roles import ROLES
 from graft.data.tokenizers.base import Tokenizer
 from graft.errors import ConfigError
 from graft.initialization import initialize
@@ -21,6 +19,7 @@ from graft.linears.packed_ternary import PackedTernary
 from graft.network.block import Block, BlockOutput
 from graft.network.ends import Head, TokenEmbedding, padded_rows
 from graft.network.kernels import give_kernels
+from graft.network.linear_roles import check_linears
 from graft.network.sequence import ModelState, positions_in_segments
 from graft.part import Context, CountsUpdates, Part, ReadsTokenizer, SharedModules, Site, add_sums
 from graft.positions.base import TablePosition
@@ -91,7 +90,7 @@ class Model(nn.Module):
         self.final_norm = config.norm.build(config.hidden_size) if config.final_norm else None
         self.head = Head(config, vocab_size, num_rows)
         self.shared = shared
-        _check_linears(self)
+        check_linears(self, config.linears)
         self._counts_updates = any(isinstance(m, CountsUpdates) for m in self.modules())
         self._table_positions = {m.table_key: m for m in self.modules() if isinstance(m, TablePosition)}
         self._runners: list[Callable[..., BlockOutput]] = list(self.blocks())
@@ -370,19 +369,6 @@ def _site(config: ModelConfig, vocab_size: int, layer_idx: int, num_branches: in
         linears=config.linears,
         vocab_size=vocab_size,
     )
-
-
-def _check_linears(model: Model) -> None:
-    """Raises ConfigError when ``model.linears`` names a role of which the network has no linear map."""
-    present = {m.role for m in model.modules() if isinstance(getattr(m, "config", None), LinearConfig)}
-    for role in model.config.linears:
-        if role not in present:
-            raise ConfigError(
-                f"no linear map of the network has the role '{role}', so this entry does nothing",
-                where=f"model.linears.{role}",
-                expected=f"one of the roles present: {', '.join(r for r in ROLES if r in present) or 'none'}",
-                fix="remove the entry, or name another role",
-            )
 
 
 def _positions(ids_BT: Tensor, segment_ids_BT: Tensor | None, state: ModelState | None) -> Tensor:
