@@ -64,6 +64,18 @@ def test_costs_are_those_of_the_layer_built(tag: str) -> None:
     assert cost.state_bytes == sum(t.numel() * t.element_size() for t in tensors_of(state))
 
 
+def test_a_memory_counts_the_bank_it_shares() -> None:
+    part = common_part("memory", "memory_bank")
+    cost, model = cost_at_common_shape(part), build_model(one_layer(part), 8192, seed=0, device="meta")
+    bank = sum(p.numel() for p in model.shared.parameters())
+    assert bank >= 4096 * 512  # a key or a value per slot
+    outside = sum(
+        p.numel() for n, p in model.named_parameters() if n.startswith(("embedding.", "final_norm.", "head."))
+    )
+    assert cost.parameters == model.num_parameters() - outside - 512  # the branch's norm
+    assert cost.active_parameters < cost.parameters
+
+
 def test_only_what_a_part_must_be_told_is_taken_from_its_preset() -> None:
     shown = AttentionConfig.model_validate(
         {"type": "attention", "num_heads": 3, "sliding_window": 4, "position": {"type": "alibi"}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,7 @@ from graft.config.includes import preset_folders
 from graft.config.load import load_experiment
 from graft.config.model import ModelConfig
 from graft.config.registry import PACKAGES, UNIONS, variants
-from graft.cost.counts import PartCost, part_costs
+from graft.cost.counts import PartCost, idle_shared_parameters, part_costs
 from graft.errors import ConfigError
 from graft.model import Model
 
@@ -35,6 +35,10 @@ COMMON: dict[str, Any] = {
     "qk_rope_head_dim": 32,
     "sliding_window": 256,
     "intermediate_size": 2048,
+    "product_key_dims": (128, 128),
+    "num_slots": 4096,
+    "table_size": 16384,
+    "row_dim": 64,
 }
 """What fields of these names are set to where a part must be told; required fields of other names are as in its
 preset."""
@@ -127,11 +131,13 @@ def at_common_shape(part: PartConfig) -> PartConfig:
 
 
 def _common_value(name: str, value: Any) -> Any:
+    if name in COMMON and value is not None:
+        return COMMON[name]
     if isinstance(value, PartConfig):
         return at_common_shape(value)
     if isinstance(value, tuple):
         return tuple(_common_value(name, item) for item in cast(tuple[Any, ...], value))
-    return COMMON.get(name, value) if value is not None else None
+    return value
 
 
 def one_layer(part: PartConfig) -> ModelConfig:
@@ -148,11 +154,16 @@ def one_layer(part: PartConfig) -> ModelConfig:
 
 
 def cost_at_common_shape(part: PartConfig) -> PartCost:
-    """Parameters, FLOPs and decode state for documents of `SEQ_LEN` positions, state in fp32. Nothing is allocated."""
+    """Parameters (with those it shares with other layers), FLOPs and decode state for documents of `SEQ_LEN` positions.
+
+    State in fp32. Nothing is allocated.
+    """
     with torch.device("meta"):
         model = Model(one_layer(part), VOCAB_SIZE)
     (cost,) = part_costs(model, SEQ_LEN, torch.float32)
-    return cost
+    shared = sum(p.numel() for p in model.shared.parameters())
+    active = cost.active_parameters + shared - idle_shared_parameters(model)
+    return replace(cost, parameters=cost.parameters + shared, active_parameters=active)
 
 
 def parts_markdown(measured: Measured | None = None) -> str:
@@ -174,13 +185,14 @@ def parts_markdown(measured: Measured | None = None) -> str:
 
 
 def _introduction(measured: Measured | None) -> str:
-    told = ", ".join(f"`{name}` {value}" for name, value in COMMON.items())
+    told = ", ".join(f"`{name}` {list(value) if isinstance(value, tuple) else value}" for name, value in COMMON.items())
     text = (
         "# Parts\n\n"
         "<!-- made by `graft parts --markdown`; do not edit -->\n\n"
         f"Every part by itself in a stream of {HIDDEN_SIZE} channels, with its defaults, and for documents of "
         f"{SEQ_LEN} tokens. What a part must be told is {told}, or else as in its preset.\n\n"
-        "`active`: parameters that take part in computing one position. FLOPs: of one forward pass, matrix products "
+        "Parameters: with those shared with other layers. `active`: those that take part in computing one position. "
+        "FLOPs: of one forward pass, matrix products "
         f"and visible pairs only. State: what a sequence of {SEQ_LEN} tokens keeps while decoding in fp32."
     )
     if measured is None:
