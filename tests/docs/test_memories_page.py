@@ -10,7 +10,8 @@ import pytest
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-from graft.cli.eval import app
+from graft.cli.eval import app as eval_app
+from graft.cli.quantize import app as quantize_app
 from graft.config.model import ModelConfig
 from graft.config.placement import LayerRule
 from graft.memories.memory_bank_config import MemoryBankConfig, Routing
@@ -38,6 +39,8 @@ def test_what_is_named_exists() -> None:
         assert name in fields, name
     assert set(re.findall(r"`\{(\w+): \d\}`", PAGE)) == set(LayerRule.model_fields)
     assert all(list(ROOT.glob(f"presets/**/{name}")) for name in re.findall(r"(\w+\*?\.yaml)", PAGE))
-    said = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
+    said = "".join(
+        CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output for app in (eval_app, quantize_app)
+    )
     for option in re.findall(r"--[a-z][a-z-]+", PAGE):
         assert option in said, option

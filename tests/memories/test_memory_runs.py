@@ -77,6 +77,24 @@ def test_eval_says_what_rounding_costs(leaky: Path, capsys: pytest.CaptureFixtur
     assert command([*base, "--memory-bits", "8", "--memory-group-size", "7"]) == ExitCode.CONFIG
 
 
+@torch.no_grad()
+def test_a_rounded_run_is_read_like_any_other(leaky: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rounded"
+    assert command(["quantize", str(leaky), "--out", str(out), "--memory-bits", "4", "--memory-group-size", "8"]) == 0
+    assert "0 layers packed, memory rounded to 4 bits" in capsys.readouterr().out
+    before, after = load_run(leaky), load_run(out)
+    rounded = before.model
+    quantize_banks(rounded, 4, 8)
+    ids = torch.randint(256, (2, 16))
+    assert torch.equal(after.model(ids), rounded(ids))
+    assert rounded.state_dict().keys() == after.model.state_dict().keys()
+    manifest = read_manifest(after.checkpoint)
+    assert manifest.score is None  # that of the run was measured with other slots
+    assert manifest.metadata["leaks_future"] is True
+    assert command(["eval", str(out), "--validation", "--device", "cpu", "--memory-bits", "8"]) == ExitCode.CONFIG
+    assert command(["quantize", str(leaky), "--out", str(tmp_path / "none")]) == ExitCode.CONFIG  # nothing is ternary
+
+
 def model(**fields: Any) -> Model:
     memory = {"type": "memory_bank", "num_slots": 12, "num_heads": 2, **fields}
     blocks = {"b": [memory, {"type": "mlp", "intermediate_size": 8}]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -25,6 +25,10 @@ RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: tokens seen bef
 Seed = Annotated[int, typer.Option(help="Decides every draw.")]
 Compile = Annotated[
     bool, typer.Option("--compile", help="torch.compile the steps after the prompt: pays off for long texts.")
+]
+MemoryBits = Annotated[int | None, typer.Option(help="Round the slots of memory banks to 8 or 4 bits.")]
+MemoryGroupSize = Annotated[
+    int | None, typer.Option(help="Channels of a slot that share a scale (default: all).", min=1)
 ]
 Stop = Annotated[list[str] | None, typer.Option(help="End at this text; may be repeated.")]
 
@@ -56,6 +60,21 @@ def settings(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
+
+
+def checked_bits(bits: int | None, group_size: int | None) -> Literal[8, 4] | None:
+    """What --memory-bits and --memory-group-size say together.
+
+    Raises:
+        ConfigError: bits that there are not, or a group size alone.
+    """
+    from graft.errors import ConfigError
+
+    if bits is None and group_size is not None:
+        raise ConfigError("it says how to round, and nothing is", where="--memory-group-size", fix="add --memory-bits")
+    if bits not in (None, 8, 4):
+        raise ConfigError(f"{bits} bits", where="--memory-bits", expected="8 or 4")
+    return bits
 
 
 def open_run(path: str, *, best: bool, device: str, dtype: str) -> LoadedRun:

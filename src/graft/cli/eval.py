@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,12 +28,8 @@ def evaluate(
         int | None, typer.Option(help="Tokens a window moves by (default: half the context); smaller = more context.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.", min=1)] = 8,
-    memory_bits: Annotated[
-        int | None, typer.Option(help="Score again with the slots of memory banks rounded to 8 or 4 bits.")
-    ] = None,
-    memory_group_size: Annotated[
-        int | None, typer.Option(help="Channels of a slot that share a scale (default: all).", min=1)
-    ] = None,
+    memory_bits: arguments.MemoryBits = None,
+    memory_group_size: arguments.MemoryGroupSize = None,
     best: arguments.Best = False,
     device: arguments.Device = "auto",
     dtype: arguments.Dtype = "fp32",
@@ -42,11 +38,12 @@ def evaluate(
     """Loss per token, perplexity, bits per byte and per character of a text.
 
     Long documents are read in overlapping windows: every token is scored once, with at least context - stride tokens
-    before it (or all there are). The end of each document is scored too, as in training.
+    before it (or all there are). The end of each document is scored too, as in training. With --memory-bits the text is
+    scored twice, as the model is and with its memory banks rounded.
     """
     if bool(text) == validation:
         raise ConfigError("give either --text or --validation", where="graft eval")
-    bits = _bits(memory_bits, memory_group_size)
+    bits = arguments.checked_bits(memory_bits, memory_group_size)
     from graft.config.advice import marks
     from graft.evals.perplexity import text_loss
 
@@ -74,14 +71,6 @@ def evaluate(
         report["memory_bytes"] = before
         report["rounded"] = {"memory_bits": bits, "memory_bytes": after, **marks(loaded.experiment), **score()}
     print_json(report) if as_json else _print(report)
-
-
-def _bits(bits: int | None, group_size: int | None) -> Literal[8, 4] | None:
-    if bits is None and group_size is not None:
-        raise ConfigError("it says how to round, and nothing is", where="--memory-group-size", fix="add --memory-bits")
-    if bits not in (None, 8, 4):
-        raise ConfigError(f"{bits} bits", where="--memory-bits", expected="8 or 4")
-    return bits
 
 
 def _print(report: Mapping[str, Any], indent: str = "") -> None:

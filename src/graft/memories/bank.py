@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -126,3 +128,16 @@ def quantize_banks(model: nn.Module, bits: Bits, group_size: int | None = None) 
     for bank in found:
         bank.quantize(bits, group_size)
     return before, sum(bank.num_bytes() for bank in found)
+
+
+def round_as_stored(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Makes room in every bank whose slots are stored rounded, so that they can be loaded.
+
+    Args:
+        model: a model as its config says, on any device (also the meta device).
+        tensors: what is to be loaded, by name.
+    """
+    for name, module in model.named_modules():
+        codes, scales = tensors.get(f"{name}.codes"), tensors.get(f"{name}.scales")
+        if isinstance(module, Bank) and codes is not None and scales is not None:
+            module.quantize(4 if codes.dtype == torch.uint8 else 8, module.width // scales.shape[1])

@@ -13,6 +13,7 @@ from graft.config.load import load_experiment_from_dict
 from graft.data.tokenizers.base import Tokenizer, load_tokenizer
 from graft.errors import CheckpointError
 from graft.linears.packing import PACKED_SUFFIX, pack_ternary
+from graft.memories.bank import round_as_stored
 from graft.model import Model, build_model
 from graft.training.checkpoint import CheckpointStore
 from graft.training.checkpoint_reader import Loaded, read_checkpoint
@@ -98,6 +99,7 @@ def load_run(
     weights = loaded.tensors.get(WEIGHTS, {})
     if any(name.endswith(PACKED_SUFFIX) for name in weights):
         pack_ternary(model)
+    round_as_stored(model, weights)
     require_same_tensors(weights, model.state_dict(), where=str(loaded.path))
     # the mapped tensors are copied: a file that disappears later must not take the model with it
     model.load_state_dict(
