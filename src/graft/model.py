@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,9 +18,10 @@ from graft.linears.dense_config import DenseConfig
 from graft.linears.packed_ternary import PackedTernary
 from graft.network.block import Block, BlockOutput
 from graft.network.ends import Head, TokenEmbedding, padded_rows
+from graft.network.execution import Execution, allow_kinds_of_layers, compiled
 from graft.network.kernels import give_kernels
 from graft.network.linear_roles import check_linears
-from graft.network.sequence import ModelState, positions_in_segments
+from graft.network.sequence import ModelState, positions_of
 from graft.part import Context, CountsUpdates, Part, ReadsTokenizer, SharedModules, Site, add_sums
 from graft.positions.base import TablePosition
 from graft.shapes import Float, Int
@@ -41,25 +42,6 @@ class Features(NamedTuple):
     state: ModelState | None
     aux: Mapping[str, Tensor]
     usage: Mapping[str, Tensor] = {}
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How the numbers are computed, never which (the fields of ``runtime`` that concern the network).
-
-    Args:
-        compile: torch.compile each layer, and the chunk of the loss, outside decoding.
-        compile_decode: torch.compile each layer, and the head, for decoding steps of one token.
-        activation_checkpointing: "block" keeps only each layer's input and recomputes the rest in the backward pass.
-        kernels: "reference" uses the plain form of every operation.
-        loss_chunk_bytes: most bytes of fp32 logits the loss holds at once.
-    """
-
-    compile: bool = False
-    compile_decode: bool = False
-    activation_checkpointing: Literal["none", "block"] = "none"
-    kernels: Literal["auto", "reference"] = "auto"
-    loss_chunk_bytes: int = 256 * 2**20
 
 
 class Model(nn.Module):
@@ -155,9 +137,9 @@ class Model(nn.Module):
             if isinstance(layer, PackedTernary):
                 layer.kernels = self.execution.kernels
         if compile or compile_decode:
-            _allow_kinds_of_layers(len({repr(parts) for parts in self.config.layers()}))
+            allow_kinds_of_layers(len({repr(parts) for parts in self.config.layers()}))
         if compile is not None:
-            self._runners = [_compiled(block) if compile else block for block in self.blocks()]
+            self._runners = [compiled(block) if compile else block for block in self.blocks()]
         if compile_decode is not None:
             self._decoders = [torch.compile(block) if compile_decode else block for block in self.blocks()]
             head = self.head.forward
@@ -191,7 +173,7 @@ class Model(nn.Module):
         if state is not None:
             segment_ids_BT = state.continue_segments(segment_ids_BT, input_ids_BT.shape[1])
         if positions_BT is None:
-            positions_BT = _positions(input_ids_BT, segment_ids_BT, state)  # one row when all rows are alike
+            positions_BT = positions_of(input_ids_BT, segment_ids_BT, state)  # one row when all rows are alike
         carried = None if state is None else state.embedding
         x_BTD, carried = self.embedding(input_ids_BT, positions_BT, segment_ids_BT, carried)
         ctx = Context(
@@ -369,31 +351,6 @@ def _site(config: ModelConfig, vocab_size: int, layer_idx: int, num_branches: in
         linears=config.linears,
         vocab_size=vocab_size,
     )
-
-
-def _positions(ids_BT: Tensor, segment_ids_BT: Tensor | None, state: ModelState | None) -> Tensor:
-    """[B or 1, T] positions from the documents, going on from ``state``."""
-    if state is not None:
-        return state.positions(segment_ids_BT, ids_BT.shape[1])
-    if segment_ids_BT is None:
-        return torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
-    nothing_B = segment_ids_BT.new_zeros(segment_ids_BT.shape[0])
-    return positions_in_segments(segment_ids_BT, nothing_B, nothing_B)
-
-
-def _compiled(block: Block) -> Callable[..., BlockOutput]:
-    """The block compiled for fixed shapes: equal layers share one compilation, each new batch shape makes another."""
-    return torch.compile(block, dynamic=False)
-
-
-def _allow_kinds_of_layers(number: int) -> None:
-    """Raises PyTorch's limit of compilations per function, which would send every further kind of layer to eager mode.
-
-    All layers are one function to it; each kind gets the number that a whole program has by default.
-    """
-    from torch._dynamo import config  # slow to import, and only needed here
-
-    config.recompile_limit = max(config.recompile_limit, 8 * number)
 
 
 def build_model(

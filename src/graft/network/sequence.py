@@ -81,3 +81,13 @@ class ModelState:
         self.length += positions_BS.shape[1]
         self.next_position_B = (positions_BS[:, -1] + 1).expand_as(self.next_position_B)
         self.segment_B = None if segment_ids_BS is None else segment_ids_BS[:, -1]
+
+
+def positions_of(ids_BT: Tensor, segment_ids_BT: Tensor | None, state: ModelState | None) -> Tensor:
+    """[B or 1, T] positions of tokens, from their documents (None = one per row), going on from ``state``."""
+    if state is not None:
+        return state.positions(segment_ids_BT, ids_BT.shape[1])
+    if segment_ids_BT is None:
+        return torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
+    nothing_B = segment_ids_BT.new_zeros(segment_ids_BT.shape[0])
+    return positions_in_segments(segment_ids_BT, nothing_B, nothing_B)
