@@ -16,6 +16,7 @@ import torch
 from benchmarks.timing import Timed, interleaved, record, table
 from graft.cost.parts_table import VOCAB_SIZE, common_part, one_layer
 from graft.model import Model, build_model
+from graft.training.runtime import tune_allocator
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 MIXERS = ("retention", "mamba2", "gla", "gated_deltanet", "titans")
@@ -45,6 +46,7 @@ def least(timed: Mapping[str, Timed]) -> dict[int, float]:
 
 
 def run(args: argparse.Namespace) -> None:
+    tune_allocator()  # as every training run does: fresh pages for ever larger tensors are not the mixer's cost
     rows = []
     for mixer in MIXERS:
         model = build_model(one_layer(common_part("token_mixer", mixer)), VOCAB_SIZE, seed=0)
