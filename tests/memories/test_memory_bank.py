@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -247,6 +248,10 @@ def test_a_shared_bank_is_saved_once_and_read_by_all() -> None:
     assert not torch.equal(zeroed, before)
     model.load_state_dict(state)
     assert torch.equal(model(ids), before)  # the parts read what is in the model now
+    copied = copy.deepcopy(model)
+    readers = [part for part in copied.modules() if isinstance(part, MemoryBank)]
+    assert all(part.bank is copied.shared["bank"] for part in readers)
+    assert copied.shared["bank"] is not model.shared["bank"]
 
 
 def test_two_memories_of_one_name_read_one_bank() -> None:

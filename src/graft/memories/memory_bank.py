@@ -72,7 +72,7 @@ class MemoryBank(Part):
     of its own: ``Σ_c p̂_c · attention(x, chapter c)``, p̂ from `graft.memories.chapter_router`, and beside them the
     shared ones with weight 1. One bank, one layer, no chapters is the static engram.
 
-    Deviations: the source weighs the slots before keys and values are made of them, which fades the scores with the
+    Deviations: the original weighs the slots before keys and values are made of them, which fades the scores with the
     values; it routes with the mean of the whole sequence, later positions included, which we do only where it is asked
     for by name; prefix routing takes a fixed number of positions for the prompt. Shared and chosen outputs are added
     without norms between them. The balance loss is divided by the number of choices (alike = 1); all router losses are
