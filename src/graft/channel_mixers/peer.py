@@ -98,7 +98,8 @@ class Peer(Part):
         real_R = None if ctx.segment_ids_BT is None else (ctx.segment_ids_BT != 0).flatten()
         usage: dict[str, Tensor] = {}
         with full_precision(x_RD.device):
-            scores, ids = self._choose(x_RD, real_R, usage)
+            queries, keys = self._queries(x_RD, real_R, usage)
+        scores, ids = product_topk(queries, keys, self._config.num_experts_per_tok, kernels=self.kernels)
         gates = F.dropout(scores.softmax(-1), self._config.dropout, self.training)
         ids_RK, gates_RK = (chosen.unflatten(0, (-1, self._config.num_heads)).flatten(1) for chosen in (ids, gates))
         if self.training and self._config.track_usage:
@@ -117,8 +118,8 @@ class Peer(Part):
         )
         return PartOutput(y_RD.to(x_BTD.dtype).view_as(x_BTD), usage=usage)
 
-    def _choose(self, x_RD: Tensor, real_R: Tensor | None, usage: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Scores and numbers [R·N, k] of the chosen experts; adds the queries' moments to ``usage`` (batch norm)."""
+    def _queries(self, x_RD: Tensor, real_R: Tensor | None, usage: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """[R·N, A, C] queries and [D_a, C] keys, in fp32 at least; adds moments to ``usage`` (batch norm, training)."""
         keys = self.keys()
         wide = torch.promote_types(x_RD.dtype, torch.float32)
         q_RQ = self.query_proj(x_RD.to(torch.promote_types(x_RD.dtype, keys[0].dtype))).to(wide)
@@ -133,7 +134,7 @@ class Peer(Part):
         if self.temperature is not None:
             queries = F.normalize(queries, dim=-1) * self.temperature.to(wide)[:, None, None]
             keys = [F.normalize(key_DC, dim=-1) for key_DC in keys]
-        return product_topk(queries.flatten(0, 1), keys, self._config.num_experts_per_tok, kernels=self.kernels)
+        return queries.flatten(0, 1), keys
 
     def after_update(self, usage: Mapping[str, Tensor]) -> None:
         if isinstance(self.query_norm, QueryBatchNorm) and "query_moments" in usage:

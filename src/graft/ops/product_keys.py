@@ -14,10 +14,15 @@ leaves about k·ln k sums instead of k².
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from graft.ops.autocast import full_precision
+from graft.ops.outside_graphs import outside_graphs
 
 
 def product_topk(
@@ -26,7 +31,7 @@ def product_topk(
     """The k best experts of each query, exactly.
 
     Args:
-        queries_RAC: R queries, a part of C channels for each of A axes.
+        queries_RAC: R queries, a part of C channels for each of A axes; scores have their precision, autocast or not.
         keys: one [D_a, C] per axis.
         k: experts per query, at most ΠD.
         kernels: "reference" scores every expert.
@@ -34,13 +39,51 @@ def product_topk(
     Returns:
         scores [R, k] in falling order, differentiable in queries and keys, and expert numbers [R, k], int64.
     """
-    scores = [queries_RAC[:, axis] @ key_DC.T for axis, key_DC in enumerate(keys)]
-    if kernels == "reference":
-        return _all_sums(scores).topk(k, dim=1)
-    with torch.no_grad():
+    best = reference if kernels == "reference" else outside_graphs(_product_topk)
+    return best(queries_RAC, keys, k)
+
+
+def reference(queries_RAC: Tensor, keys: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """`product_topk` by scoring every expert."""
+    with full_precision(queries_RAC.device):
+        scores = [queries_RAC[:, axis] @ key_DC.T for axis, key_DC in enumerate(keys)]
+    return _all_sums(scores).topk(k, dim=1)
+
+
+def _product_topk(queries_RAC: Tensor, keys: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    queries = [q_RC.contiguous() for q_RC in queries_RAC.unbind(1)]
+    with torch.no_grad(), full_precision(queries_RAC.device):
+        scores = [q_RC @ key_DC.T for q_RC, key_DC in zip(queries, keys, strict=True)]
         places = _best_places(scores, k)
-    chosen = [axis_scores.gather(1, place) for axis_scores, place in zip(scores, places, strict=True)]
-    return _sum(chosen), expert_numbers(places, [key_DC.shape[0] for key_DC in keys])
+        chosen = [axis_scores.gather(1, place) for axis_scores, place in zip(scores, places, strict=True)]
+    learned = [_Chosen.apply(*given) for given in zip(queries, keys, chosen, places, strict=True)]
+    return _sum(learned), expert_numbers(places, [key_DC.shape[0] for key_DC in keys])
+
+
+class _Chosen(torch.autograd.Function):
+    """``q[r] · key[place[r, j]]``, known already, as a function of queries and keys.
+
+    The gradient of all scores of an axis is zero but at the k chosen places of a query: its products with keys and
+    queries are sums over those, k of D terms, and it is never made.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, q_RC: Tensor, key_DC: Tensor, chosen_RK: Tensor, place_RK: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(q_RC, key_DC, place_RK)
+        return chosen_RK.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dchosen_RK: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q_RC, key_DC, place_RK = ctx.saved_tensors
+        dq_RC = F.embedding_bag(place_RK, key_DC, mode="sum", per_sample_weights=dchosen_RK)
+        place_n, order = place_RK.flatten().sort(stable=True)
+        starts_D = torch.searchsorted(place_n, torch.arange(len(key_DC), device=place_n.device))
+        row_n = order // place_RK.shape[1]
+        dkey_DC = F.embedding_bag(row_n, q_RC, starts_D, mode="sum", per_sample_weights=dchosen_RK.flatten()[order])
+        return dq_RC, dkey_DC, None, None
 
 
 def expert_numbers(places: Sequence[Tensor], dims: Sequence[int]) -> Tensor:
@@ -59,7 +102,7 @@ def _all_sums(scores: Sequence[Tensor]) -> Tensor:
     return sums
 
 
-def _sum(terms: Sequence[Tensor]) -> Tensor:
+def _sum(terms: Sequence[Any]) -> Tensor:
     total = terms[0]
     for term in terms[1:]:
         total = total + term
