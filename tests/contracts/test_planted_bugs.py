@@ -106,7 +106,7 @@ def test_positions_that_do_not_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     def running(segment_ids_BT: Tensor, *_: Tensor) -> Tensor:
         return torch.arange(segment_ids_BT.shape[1]).expand(segment_ids_BT.shape)
 
-    monkeypatch.setattr("graft.model.positions_in_segments", running)
+    monkeypatch.setattr("graft.network.sequence.positions_in_segments", running)
     assert "document 2" in broken(sequence.documents_do_not_meet, Subject(config, shown.objective))
 
 
