@@ -14,6 +14,7 @@ from graft.errors import CheckpointError, ConfigError, DataError, Preempted
 from graft.faults import reset_faults
 from tiny_run import assert_same_state, assert_same_weights, lines, write_text
 
+GALORE = ("optimizer.type=galore_adamw", "optimizer.rank=4", "optimizer.update_proj_gap=2")
 MUON = ("optimizer.type=muon", "optimizer.learning_rate=3e-3")
 
 
@@ -51,6 +52,7 @@ def train_in_pieces(experiment, folder, stops, stop_at, monkeypatch):
     [
         pytest.param((), id="adamw-fp32-dropout-accumulation"),
         pytest.param((*MUON, "precision=bf16"), id="muon-bf16"),
+        pytest.param((*GALORE, "precision=fp32"), id="galore-fp32"),
         pytest.param(("precision=fp16", "logging.interval=5", "training.micro_batch_size=4"), id="fp16-lines-across"),
         pytest.param(("data.packing={type: best_fit}", "seed=3"), id="best-fit"),
     ],

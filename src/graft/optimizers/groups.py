@@ -14,7 +14,7 @@ from graft.errors import ConfigError
 from graft.optimizers.groups_config import GroupedOptimizerConfig, RoleOverride, RowUpdate
 from graft.part import parameter_roles
 
-Algorithm = Literal["adamw", "muon"] | RowUpdate
+Algorithm = Literal["adamw", "muon", "galore"] | RowUpdate
 Group = dict[str, Any]
 """One entry of ``optimizer.param_groups``."""
 
