@@ -106,10 +106,12 @@ def _chunked(
     )
     weights, asked, kept = (q @ k.mT) * between, q * from_start, (k * to_end).mT
     outputs: list[Tensor] = []
-    for i in range(q.shape[2]):
-        added = corrected[:, :, i] - read[:, :, i] @ state_BNHF
-        outputs.append(asked[:, :, i] @ state_BNHF + weights[:, :, i] @ added)
-        state_BNHF = from_start[:, :, i, -1:] * state_BNHF + kept[:, :, i] @ added
+    # taken apart at once: the gradient of an indexed chunk would be a tensor over all positions, for each chunk
+    chunks = (x.unbind(2) for x in (corrected, read, asked, weights, kept, from_start[..., -1:, :]))
+    for v_corrected, k_read, q_asked, w, k_kept, decay in zip(*chunks, strict=True):
+        added = v_corrected - k_read @ state_BNHF
+        outputs.append(q_asked @ state_BNHF + w @ added)
+        state_BNHF = decay * state_BNHF + k_kept @ added
     return torch.cat(outputs, dim=2)[:, :, :T], state_BNHF
 
 

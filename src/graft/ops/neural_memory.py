@@ -19,6 +19,15 @@ ProposeAt = Callable[[Bases, int, int], Writing]
 """What columns [start, end) write, given the weights with which each one's chunk began; asked in order of columns."""
 
 
+def width_of(chunk_size: int, kernels: Literal["auto", "reference"]) -> int:
+    """Columns that `scan` takes at a time.
+
+    What is proposed should be taken apart at once with it (``split``): the gradient of a slice is a tensor over all
+    columns, for each slice.
+    """
+    return 1 if kernels == "reference" else chunk_size
+
+
 def scan(
     propose: ProposeAt,
     memory: Memory,
@@ -44,7 +53,7 @@ def scan(
         What the columns read, [B, N, T, H], and the memory after the last.
     """
     assert documents is not None or kernels == "auto", "the definition counts the tokens of documents"
-    width = 1 if kernels == "reference" else chunk_size
+    width = width_of(chunk_size, kernels)
     step = reference_step if kernels == "reference" else advance
     read: list[Tensor] = []
     for first in range(0, length, width):

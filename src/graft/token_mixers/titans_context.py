@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graft.ops.documents import Documents
-from graft.ops.neural_memory import scan
+from graft.ops.neural_memory import scan, width_of
 from graft.ops.neural_memory_chunk import Bases, Memory, Writing, evaluate
 from graft.ops.outside_graphs import outside_graphs
 from graft.ops.prefix_attention import prefix_attention
@@ -73,13 +73,16 @@ class MemoryAsContext(Titans):
         said: dict[int, Tensor] = {}
         dtype = segments.q_BTNH.dtype
 
+        width = width_of(self.chunk_size, self.kernels)
+        retrieving = segments.retrieving_BNTH.split(width, dim=2)
+        q, k, v = (x.split(width, dim=1) for x in (segments.q_BTNH, segments.k_BTNH, segments.v_BTNH))
+
         def propose(bases: Bases, first: int, last: int) -> Writing:
-            now = slice(first, last)
-            h_BCA = evaluate(bases, segments.retrieving_BNTH[:, :, now]).transpose(1, 2).flatten(-2)
-            k_h, v_h = self._retrieved(h_BCA.to(dtype), segments.positions_BT[:, now])
-            keys = torch.stack((k_h, segments.k_BTNH[:, now]), dim=1)
-            values = torch.stack((v_h, segments.v_BTNH[:, now]), dim=1)
-            said[first] = self._attend(segments.q_BTNH[:, now], keys, values, reach, first)
+            now = first // width
+            h_BCA = evaluate(bases, retrieving[now]).transpose(1, 2).flatten(-2)
+            k_h, v_h = self._retrieved(h_BCA.to(dtype), segments.positions_BT[:, first:last])
+            keys, values = torch.stack((k_h, k[now]), dim=1), torch.stack((v_h, v[now]), dim=1)
+            said[first] = self._attend(q[now], keys, values, reach, first)
             return self.memory.writing(self.y_proj(said[first]))[0]
 
         length, start = segments.q_BTNH.shape[1], self.memory.start()

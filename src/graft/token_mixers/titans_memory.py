@@ -13,7 +13,7 @@ from graft.config.roles import Role
 from graft.initialization import Rng, normal_
 from graft.linears.joint import joint_linear
 from graft.ops.documents import Documents
-from graft.ops.neural_memory import scan
+from graft.ops.neural_memory import scan, width_of
 from graft.ops.neural_memory_chunk import Bases, Memory, Weights, Writing
 from graft.ops.prefix_attention import Prefix
 from graft.ops.short_conv import ConvState
@@ -151,8 +151,11 @@ class NeuralMemory(nn.Module):
     ) -> tuple[Tensor, Memory]:
         """What all positions read, [B, T, N·H] in fp32 or wider, when what they write is known."""
 
-        def propose(_: Bases, first: int, last: int) -> Writing:
-            return Writing(*(x[:, :, first:last] for x in writing))
+        width = width_of(self.chunk_size, kernels)
+        pieces = [x.split(width, dim=2) for x in writing]
+
+        def propose(_: Bases, first: int, _last: int) -> Writing:
+            return Writing(*(x[first // width] for x in pieces))
 
         length = writing.k_BNCH.shape[2]
         y_BNTH, memory = scan(
