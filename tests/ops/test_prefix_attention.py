@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from graft.ops.prefix_attention import Prefix, prefix_attention, window_attention
+from graft.ops.prefix_attention import Nearness, Prefix, prefix_attention, window_attention
 
 N, H, P = 2, 4, 3
 
@@ -20,16 +20,18 @@ def drawn(T: int, dtype=torch.float64, count: int = P):
 SEGMENTS = torch.tensor([[4] * 5 + [9] + [2] * 11, [0] * 3 + [1] * 12 + [0] * 2])
 
 
+@pytest.mark.parametrize("fading", [{}, {"slopes_N": [0.5, 0.1]}, {"rates_H": [0.0, 0.02, 0.5, 3.0]}], ids=str)
 @pytest.mark.parametrize("window", [1, 2, 5, 16, 17, 30])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 0.1)])
-def test_blocks_equal_all_pairs(window, packed, dtype, tolerance):
+def test_blocks_equal_all_pairs(window, packed, dtype, tolerance, fading):
     q, k, v, prefix = drawn(17, dtype)
-    segments, slopes = (SEGMENTS if packed else None), torch.tensor([0.5, 0.1])
+    segments = SEGMENTS if packed else None
+    nearness = Nearness(**{name: torch.tensor(value) for name, value in fading.items()})
     results = []
     for kernels in ("auto", "reference"):
         y = window_attention(
-            q, k, v, prefix, scale=0.5, window=window, segment_ids_BT=segments, slopes_N=slopes, kernels=kernels
+            q, k, v, prefix, scale=0.5, window=window, segment_ids_BT=segments, nearness=nearness, kernels=kernels
         )
         y = y[SEGMENTS != 0] if packed else y
         results.append((y, *torch.autograd.grad(y.float().sin().sum(), [q, k, v, *prefix])))
@@ -60,3 +62,21 @@ def test_who_sees_no_key_gets_zeros_and_no_gradient():
     (gradient,) = torch.autograd.grad(y.sum(), q)
     assert torch.isfinite(gradient).all()
     assert (gradient[:, 0] == 0).all()
+
+
+def test_fading_by_its_definition() -> None:
+    """Two stretches of keys with equal indices; persistent keys stand at distance 0."""
+    q, k, v, prefix = drawn(5)
+    rates = torch.tensor([0.0, 0.1, 1.0, 2.0], dtype=torch.float64)
+    seen = torch.ones(1, 5, 5, dtype=torch.bool).tril().repeat(1, 1, 2)
+    keys, values = torch.cat((k, 2 * k), 1), torch.cat((v, -v), 1)
+    nearness = Nearness(rates_H=rates, copies=2)
+    y = prefix_attention(q, keys, values, prefix, scale=0.5, seen_BTS=seen, nearness=nearness)
+    for t in range(5):
+        index = torch.arange(t + 1)
+        fading = torch.exp(-rates * (t - index)[:, None])[:, None]
+        near = [(q[:, t, None] * key * fading).sum(-1) for key in (k[:, : t + 1], 2 * k[:, : t + 1])]
+        first = torch.einsum("bnh,pnh->bpn", q[:, t], prefix.k_PNH)
+        weights = (0.5 * torch.cat((first, *near), dim=1)).softmax(1)
+        mixed = torch.cat((prefix.v_PNH.expand(2, -1, -1, -1), v[:, : t + 1], -v[:, : t + 1]), dim=1)
+        torch.testing.assert_close(y[:, t], torch.einsum("bpn,bpnh->bnh", weights, mixed))

@@ -13,10 +13,13 @@ from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
 from graft.config.model import InitConfig, ModelConfig
+from graft.contracts.registry import contracts_for
+from graft.contracts.subject import Subject
 from graft.errors import ConfigError
 from graft.initialization import initialize
 from graft.linears.dense_config import DenseConfig
 from graft.norms.rms_norm_config import RMSNormConfig
+from graft.objectives.causal_lm_config import CausalLMConfig
 from graft.part import Context, Part, Site, parameter_roles, tensors_of
 from graft.positions.base import tables_for
 from graft.token_mixers.attention import Attention
@@ -358,3 +361,13 @@ def test_counted_flops_are_those_traced(T):
 def test_cost_grows_with_the_length_alone(form):
     part = titans_part(form=form, sliding_window=None if form == "mac" else 8)
     assert traced(part, 64) == 2 * traced(part, 32) == 4 * traced(part, 16)
+
+
+@pytest.mark.parametrize("form", ["mac", "mag", "mal"])
+def test_hyperbolic_positions_hold_the_contracts_of_decoders(form: str) -> None:
+    part = {**FORMS[form], "type": "titans", "num_heads": 2, "position": {"type": "hope", "damping": 0.1}}
+    blocks = {"layer": [part, {"type": "mlp", "intermediate_size": 16}]}
+    model = {"hidden_size": 16, "num_layers": 2, "norm": {"type": "rms_norm"}, "blocks": blocks}
+    subject = Subject(ModelConfig.model_validate(model), CausalLMConfig())
+    for contract in contracts_for(subject):
+        contract(subject)

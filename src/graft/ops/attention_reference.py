@@ -42,7 +42,7 @@ def reference_scores(q_BTNH: Tensor, k_BSKH: Tensor, visibility: Visibility, sco
     dtype = torch.promote_types(q_BTNH.dtype, torch.float32)
     k_BSNH = k_BSKH.to(dtype).repeat_interleave(group, dim=2)
     away_TS = distances(visibility.offset, 0, T, 0, S, q_BTNH.device).to(dtype)
-    scores_BNTS = _products(q_BTNH.to(dtype), k_BSNH, away_TS, scoring.rates_H) * scoring.scale
+    scores_BNTS = faded_products(q_BTNH.to(dtype), k_BSNH, away_TS, scoring.rates_H) * scoring.scale
     if scoring.softcap is not None:
         scores_BNTS = scoring.softcap * torch.tanh(scores_BNTS / scoring.softcap)
     if scoring.slopes_N is not None:
@@ -56,7 +56,7 @@ def weighted_values(p_BNTS: Tensor, v_BSKH: Tensor) -> Tensor:
     return torch.einsum("bnts,bsnh->btnh", p_BNTS, v_BSNH)
 
 
-def _products(q_BTNH: Tensor, k_BSNH: Tensor, away_TS: Tensor, rates_H: Tensor | None) -> Tensor:
+def faded_products(q_BTNH: Tensor, k_BSNH: Tensor, away_TS: Tensor, rates_H: Tensor | None) -> Tensor:
     """[B, N, T, S]: ``Σ_c q_c · k_c · e^(−rate_c · distance)``, plain q·k without rates."""
     if rates_H is None:
         return torch.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH)

@@ -9,10 +9,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graft.ops.attention_mask import Visibility, distances
+from graft.ops.attention_reference import faded_products
+from graft.ops.decayed_products import decayed_products
+
+
+class Nearness(NamedTuple):
+    """What distance does to scores (see `graft.positions.base.AttentionPosition`), and which query stands where.
+
+    Args:
+        slopes_N: the penalty per unit of distance; None = none.
+        rates_H: rates ≥ 0 at which channels of q·k fade with distance; None = none does.
+        first_query: index of query 0 among the keys.
+        copies: the keys are so many stretches of equal indices, one after the other.
+    """
+
+    slopes_N: Tensor | None = None
+    rates_H: Tensor | None = None
+    first_query: int = 0
+    copies: int = 1
+
+    def moved(self, first_query: int) -> Nearness:
+        """With another place for query 0."""
+        return self._replace(first_query=first_query)
+
+
+ANYWHERE = Nearness()
+"""Distance does nothing."""
 
 
 class Prefix(NamedTuple):
-    """Keys and values without positions, seen by every query.
+    """Keys and values seen by every query, at distance 0 from all.
 
     Args:
         k_PNH: keys, P of them (0 = none).
@@ -31,10 +57,11 @@ def prefix_attention(
     *,
     scale: float,
     seen_BTS: Tensor,
-    slopes_N: Tensor | None = None,
-    distances_TS: Tensor | None = None,
+    nearness: Nearness = ANYWHERE,
+    kernels: Literal["auto", "reference"] = "auto",
 ) -> Tensor:
     """``softmax([scale·q·k_prefix, scale·q·k − slope·distance]) [v_prefix, v]``: the definition, all pairs at once.
+    With rates, channel c of q·k is multiplied by ``e^(−rate_c·distance)``.
 
     Args:
         q_BTNH: queries.
@@ -43,28 +70,45 @@ def prefix_attention(
         prefix: keys and values every query sees.
         scale: factor on q·k.
         seen_BTS: bool [1 or B, T, S], which keys a query sees.
-        slopes_N: the penalty per unit of distance; None = none.
-        distances_TS: how far apart queries and keys are; given with ``slopes_N``.
+        nearness: what distance does, causally: keys after their query must not be seen.
+        kernels: ``reference`` fades channel by channel.
 
     Returns:
         [B, T, N, H] in the dtype of v; zeros where a query sees no key at all.
     """
     B, P = q_BTNH.shape[0], prefix.k_PNH.shape[0]
-    k, v = (
-        torch.cat((x_PNH[None].expand(B, -1, -1, -1).to(x_BSNH.dtype), x_BSNH), dim=1).transpose(1, 2)
-        for x_PNH, x_BSNH in ((prefix.k_PNH, k_BSNH), (prefix.v_PNH, v_BSNH))
-    )
-    scores = (q_BTNH.transpose(1, 2) @ k.transpose(-1, -2)) * scale
+    first_k, first_v = (x.to(k_BSNH.dtype).transpose(0, 1) for x in prefix)  # [N, P, H]
+    near, apart_TS = _near_products(q_BTNH, k_BSNH, nearness, kernels)
+    scores = torch.cat((q_BTNH.transpose(1, 2) @ first_k.transpose(-1, -2), near), dim=-1) * scale
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if slopes_N is not None:
-        assert distances_TS is not None
-        penalty_NTS = slopes_N[:, None, None] * distances_TS
+    if nearness.slopes_N is not None:
+        penalty_NTS = nearness.slopes_N[:, None, None] * apart_TS
         scores = scores - F.pad(penalty_NTS, (P, 0)).to(scores.dtype)
+    v = torch.cat((first_v.expand(B, -1, -1, -1), v_BSNH.transpose(1, 2)), dim=2)
     seen = F.pad(seen_BTS, (P, 0), value=True)[:, None]
     # a finite filler: a row that sees nothing gets no NaN in its gradient either
     weights = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1)
     weights = weights.masked_fill(~seen.any(-1, keepdim=True), 0.0)
     return (weights.to(v.dtype) @ v).transpose(1, 2)
+
+
+def _near_products(
+    q_BTNH: Tensor, k_BSNH: Tensor, nearness: Nearness, kernels: Literal["auto", "reference"]
+) -> tuple[Tensor, Tensor]:
+    """q·k [B, N, T, S], faded where there are rates; and how far apart the pairs are, [T, S]."""
+    T, S = q_BTNH.shape[1], k_BSNH.shape[1] // nearness.copies
+    apart_TS = distances(nearness.first_query, 0, T, 0, S, q_BTNH.device).repeat(1, nearness.copies)
+    q_BNTH, rates_H = q_BTNH.transpose(1, 2), nearness.rates_H
+    if rates_H is None:
+        return q_BNTH @ k_BSNH.transpose(1, 2).transpose(-1, -2), apart_TS
+    if kernels == "reference":
+        wide = torch.promote_types(q_BTNH.dtype, torch.float32)
+        faded = faded_products(q_BTNH.to(wide), k_BSNH.to(wide), apart_TS.to(wide), rates_H)
+        return faded.to(q_BTNH.dtype), apart_TS
+    folded = q_BNTH.flatten(0, 1).contiguous()
+    stretches = k_BSNH.to(q_BTNH.dtype).transpose(1, 2).flatten(0, 1).chunk(nearness.copies, dim=1)
+    faded = [decayed_products(folded, k.contiguous(), rates_H, 1, nearness.first_query, 0, True) for k in stretches]
+    return torch.cat(faded, dim=-1).unflatten(0, q_BNTH.shape[:2]), apart_TS
 
 
 def window_attention(
@@ -76,7 +120,7 @@ def window_attention(
     scale: float,
     window: int,
     segment_ids_BT: Tensor | None,
-    slopes_N: Tensor | None = None,
+    nearness: Nearness = ANYWHERE,
     kernels: Literal["auto", "reference"] = "auto",
 ) -> Tensor:
     """Causal `prefix_attention` to the last ``window`` positions of the query's own document, itself included.
@@ -90,9 +134,8 @@ def window_attention(
         visibility = Visibility(True, window, 0, segment_ids_BT, segment_ids_BT)
         seen = visibility.block(0, T, 0, T, q_BTNH.device)
         assert seen is not None
-        apart = distances(0, 0, T, 0, T, q_BTNH.device)
         return prefix_attention(
-            q_BTNH, k_BTNH, v_BTNH, prefix, scale=scale, seen_BTS=seen, slopes_N=slopes_N, distances_TS=apart
+            q_BTNH, k_BTNH, v_BTNH, prefix, scale=scale, seen_BTS=seen, nearness=nearness.moved(0), kernels=kernels
         )
     blocks = -(-T // window)
     extra = blocks * window - T
@@ -108,8 +151,7 @@ def window_attention(
         prefix,
         scale=scale,
         seen_BTS=seen.flatten(0, 1),
-        slopes_N=slopes_N,
-        distances_TS=distances(window, 0, window, 0, 2 * window, q_BTNH.device),
+        nearness=nearness.moved(window),
     )
     return out.unflatten(0, (B, blocks)).flatten(1, 2)[:, :T]
 

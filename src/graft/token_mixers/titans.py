@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graft.ops.attention_mask import Visibility, distances
+from graft.ops.attention_mask import Visibility
 from graft.ops.documents import Documents
 from graft.ops.prefix_attention import prefix_attention, window_attention
 from graft.part import Context, Part, Site, State, linear_flops
@@ -25,11 +25,11 @@ class SlidingTitans(Titans):
         window = self.sliding_window
         assert window is not None, "the config asks for it"
         q, k, v = self.heads(x_BTD, ctx)
-        slopes_N = self.position.slopes(q.device)
+        nearness = self.nearness(q.device)
         prefix, segments_BT = self.prefix(q), ctx.segment_ids_BT
         if state is None:
             y_BTNH = window_attention(
-                q, k, v, prefix, scale=self.scale, window=window, segment_ids_BT=segments_BT, slopes_N=slopes_N,
+                q, k, v, prefix, scale=self.scale, window=window, segment_ids_BT=segments_BT, nearness=nearness,
                 kernels=self.kernels,
             )  # fmt: skip
             return y_BTNH.flatten(-2), None
@@ -41,7 +41,7 @@ class SlidingTitans(Titans):
         assert seen is not None
         y_BTNH = prefix_attention(
             q, keys.k_BSKH.to(q.dtype), keys.v_BSKH.to(q.dtype), prefix, scale=self.scale, seen_BTS=seen,
-            slopes_N=slopes_N, distances_TS=distances(keys.offset, 0, T, 0, S, q.device),
+            nearness=nearness.moved(keys.offset), kernels=self.kernels,
         )  # fmt: skip
         return y_BTNH.flatten(-2), near
 

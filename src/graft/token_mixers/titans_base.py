@@ -13,7 +13,7 @@ from graft.linears.joint import joint_linear
 from graft.ops.documents import Documents, documents_of
 from graft.ops.neural_memory_chunk import Memory
 from graft.ops.outside_graphs import outside_graphs
-from graft.ops.prefix_attention import Prefix
+from graft.ops.prefix_attention import Nearness, Prefix
 from graft.ops.short_conv import ConvState
 from graft.part import Context, Part, PartOutput, Site, State
 from graft.positions.base import AttentionPosition, tables_for
@@ -61,7 +61,8 @@ class Titans(Part):
     Deviations, all forms: a memory per head, of head_dim channels; bounded gates (sigmoids), θ below max_memory_step;
     silu between the memory's layers and no residual inside; persistent tokens are keys and values of the attention
     (`PersistentTokens`) and are not written to the memory, whose learned start plays that role. Joined outputs are
-    ``norm(y) ⊙ σ(norm(m))``: the paper names a non-linearity without saying which.
+    ``norm(y) ⊙ σ(norm(m))``: the paper names a non-linearity without saying which. Persistent keys stand at distance 0
+    from every query, whatever the position does with distance.
 
     The loop over chunks stays outside compiled graphs, which would grow with the length. FLOPs are counted for one
     document in its chunked form, forward; packed rows cost more, since chunks then begin at any column and the columns
@@ -83,7 +84,7 @@ class Titans(Part):
         _check(config, site)
         self.config = config
         self.chunk_size, self.sliding_window = config.chunk_size, config.sliding_window
-        self.num_heads = config.num_heads
+        self.num_heads, self.layer_idx = config.num_heads, site.layer_idx
         self.head_dim = config.head_dim or site.hidden_size // config.num_heads
         self.scale = self.head_dim**-0.5
         D, size = site.hidden_size, self.num_heads * self.head_dim
@@ -141,6 +142,10 @@ class Titans(Part):
             q, k = self.q_norm(q), self.k_norm(k)
         tables = tables_for(self.position, ctx.tables, ctx.positions_BT)
         return self.position.encode(q, tables), self.position.encode(k, tables), v
+
+    def nearness(self, device: torch.device) -> Nearness:
+        """What distance does to the attention's scores."""
+        return Nearness(self.position.slopes(device), self.position.rates(self.layer_idx, device))
 
     def prefix(self, like_BTNH: Tensor) -> Prefix:
         """The persistent keys and values, if any."""

@@ -10,9 +10,9 @@ from graft.config.families import Norm, Position, TokenMixerConfig
 
 WITH_MEMORY = {"neural_memory": True}
 
-PLAIN_POSITIONS = ("rope", "alibi", "none")
-"""Positions whose score is a function of encoded q·k and a penalty of the distance: what keys without a position (the
-persistent ones) can stand beside."""
+PLAIN_POSITIONS = ("rope", "alibi", "hope", "none")
+"""Positions that leave a key at distance 0 as it is, up to one change of channels for all: what keys without a position
+(the persistent ones) can stand beside."""
 
 
 class TitansConfig(TokenMixerConfig):

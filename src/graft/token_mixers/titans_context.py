@@ -116,8 +116,6 @@ class MemoryAsContext(Titans):
             k_B2CNH, v_B2CNH = reach.add(first, k_B2CNH, v_B2CNH)
             seen = reach.seen(first, first + C)
         S = k_B2CNH.shape[2]
-        places = torch.arange(S, device=q_BCNH.device)
-        apart = (places[S - C :, None] - places).abs().float()
         y_BCNH = prefix_attention(
             q_BCNH,
             k_B2CNH.flatten(1, 2),
@@ -125,8 +123,8 @@ class MemoryAsContext(Titans):
             self.prefix(q_BCNH),
             scale=self.scale,
             seen_BTS=seen.repeat(1, 1, 2),
-            slopes_N=self.position.slopes(q_BCNH.device),
-            distances_TS=apart.repeat(1, 2),
+            nearness=self.nearness(q_BCNH.device)._replace(first_query=S - C, copies=2),
+            kernels=self.kernels,
         )
         return y_BCNH.flatten(-2)
 
