@@ -17,11 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from graft.config.advice import warnings
 from graft.config.load import load_experiment
-from graft.config.model import InitConfig
+from graft.config.model import InitConfig, ModelConfig
+from graft.contracts.registry import contracts_for
+from graft.contracts.subject import Subject
 from graft.initialization import initialize
 from graft.linears.dense import Dense
 from graft.linears.dense_config import DenseConfig
 from graft.norms.rms_norm_config import RMSNormConfig
+from graft.objectives.causal_lm_config import CausalLMConfig
 from graft.part import Context, Site, parameter_roles, tensors_of
 from graft.positions.rope import attention_factor
 from graft.token_mixers.mla import MLA
@@ -64,12 +67,13 @@ def values_and_gradients(part: MLA, form: Any, x: Tensor, ctx: Context) -> list[
     return [out.detach(), x.grad, *(p.grad for n, p in part.named_parameters() if "o_proj" not in n)]
 
 
+HOPE = {"type": "hope", "damping": 0.1}
 TOLERANCES = [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("fields", [{}, {"q_lora_rank": 7, "sliding_window": 4, "position": YARN}])
+@pytest.mark.parametrize("fields", [{}, {"q_lora_rank": 7, "sliding_window": 4, "position": YARN}, {"position": HOPE}])
 def test_both_forms_agree_in_values_and_gradients(dtype, tolerance, causal, fields):
     part, x = mla(causal=causal, dtype=dtype, **fields), stream(9, dtype)
     segments = torch.tensor([[0, 7, 7, 7, 7, 2, 2, 2, 0], [5] * 9])
@@ -207,14 +211,14 @@ def test_yarn_factors(mscale, mscale_all_dim, on_tables, on_scores):
     config = MLAConfig.model_validate(
         {"type": "mla", **SIZES, "position": YARN, "mscale": mscale, "mscale_all_dim": mscale_all_dim}
     )
-    assert attention_factor(config.rope()) == pytest.approx(on_tables)
+    assert attention_factor(config.built_position()) == pytest.approx(on_tables)
     assert config.scale() == pytest.approx(on_scores * 10**-0.5)
 
 
 def test_a_given_attention_factor_is_kept():
     scaling = {**YARN["scaling"], "attention_factor": 1.5}
     config = MLAConfig.model_validate({"type": "mla", **SIZES, "position": {"type": "rope", "scaling": scaling}})
-    assert attention_factor(config.rope()) == 1.5
+    assert attention_factor(config.built_position()) == 1.5
 
 
 def test_interleaved_weights_are_an_order_of_channels():
@@ -262,3 +266,21 @@ def test_ranks_that_compress_nothing_get_advice():
     assert [w.split(":")[0] for w in found] == ["model layer 0", "model.blocks.global.0.q_lora_rank"]
     assert "no less than half of the 96 channels" in found[0]
     assert "compress nothing of a stream of 32" in found[1]
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("window", [None, 5])
+def test_hyperbolic_positions_hold_the_contracts(bidirectional, window):
+    sizes = {"kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+    part = {"type": "mla", "num_heads": 2, **sizes, "sliding_window": window, "position": HOPE}
+    blocks = {"layer": [part, {"type": "mlp", "intermediate_size": 16}]}
+    model = {"hidden_size": 16, "num_layers": 2, "norm": {"type": "rms_norm"}, "blocks": blocks}
+    config = ModelConfig.model_validate({**model, "bidirectional": bidirectional})
+    subject = Subject(config, CausalLMConfig())
+    for contract in contracts_for(subject):
+        contract(subject)
+
+
+def test_positions_that_act_on_no_pairs_are_refused():
+    with pytest.raises(ValidationError, match="alibi does not act on pairs of channels"):
+        mla(position={"type": "alibi"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graft.linears.dense import Dense
@@ -63,8 +64,9 @@ class MLA(Part):
     the latents themselves, as multi-query attention; taken while decoding when it costs less. ``kernels: reference``
     always expands, and so do linear maps other than plain ones, whose matrix alone does not say what they compute.
 
-    Deviations: a sliding window, and both directions; YaRN's mscale and mscale_all_dim act as in the code published
-    with DeepSeek-V2: both default to YaRN's own behaviour, and either may be set alone.
+    Deviations: a sliding window, both directions, and hyperbolic positions in place of rotations, under which channels
+    without position do not fade; YaRN's mscale and mscale_all_dim act as in the code published with DeepSeek-V2: both
+    default to YaRN's own behaviour, and either may be set alone.
 
     State: latent and rotated key, kv_lora_rank + qk_rope_head_dim numbers per position kept (and one integer once
     documents are told apart). FLOPs: see `flops_per_token`.
@@ -77,7 +79,7 @@ class MLA(Part):
     def __init__(self, config: MLAConfig, site: Site):
         super().__init__()
         self.config = config
-        self.causal = site.causal
+        self.causal, self.layer_idx = site.causal, site.layer_idx
         self.num_heads, self.sliding_window = config.num_heads, config.sliding_window
         self.q_lora_rank, self.kv_lora_rank = config.q_lora_rank, config.kv_lora_rank
         self.qk_nope_head_dim, self.qk_rope_head_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
@@ -94,7 +96,7 @@ class MLA(Part):
         self.kv_a_layernorm = site.make_norm(rank, config.latent_norm)
         self.kv_b_proj = site.make_linear(rank, N * (config.qk_nope_head_dim + config.v_head_dim), role="attention")
         self.o_proj = site.make_linear(N * config.v_head_dim, D, role="attention", residual_output=True)
-        self.position: AttentionPosition = config.rope().build(N, config.qk_rope_head_dim)
+        self.position: AttentionPosition = config.built_position().build(N, config.qk_rope_head_dim)
         self.scale = config.scale()
 
     def forward(self, x_BTD: Float[Tensor, "B T D"], ctx: Context, state: KVState | None = None) -> PartOutput:
@@ -148,12 +150,18 @@ class MLA(Part):
         o_BTNR = self._attend(q_BTNH, k_BS1H, c_BS1R, queries, latents, causal)
         return torch.einsum("btnr,nhr->btnh", o_BTNR, up_v_NHR)
 
+    def _rates(self, channels: int, device: torch.device) -> Tensor | None:
+        """The rates at which ``channels`` of q·k fade with distance, those without position first; None = none does."""
+        rates_H = self.position.rates(self.layer_idx, device)
+        return None if rates_H is None else F.pad(rates_H, (channels - len(rates_H), 0))
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Queries, latents: Latents, causal: bool) -> Tensor:
         return attention(
             q,
             k.to(q.dtype),
             v.to(q.dtype),
             scale=self.scale,
+            rates_H=self._rates(q.shape[-1], q.device),
             causal=causal and not latents.all_seen,
             sliding_window=self.sliding_window,
             offset=latents.offset,
@@ -178,7 +186,8 @@ class MLA(Part):
         """Adds the new positions to the state; gives the queries and all that they may see."""
         c_BT1R, rope_BT1H = new.c_BSR.unsqueeze(2), new.rope_BSH.unsqueeze(2)
         window = self.sliding_window
-        kept, state = extend(state, c_BT1R, rope_BT1H, new.segments_BS, window=window, any_order=True)
+        any_order = self._rates(self.qk_rope_head_dim, c_BT1R.device) is None
+        kept, state = extend(state, c_BT1R, rope_BT1H, new.segments_BS, window=window, any_order=any_order)
         if kept.segments_BS is not None and queries.segments_BT is None:
             document_1 = kept.segments_BS.new_ones((1, 1)).expand(c_BT1R.shape[:2])
             queries = queries._replace(segments_BT=document_1)

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Literal
 
 from graft.config.base import Problem, knob
-from graft.config.families import Norm, TokenMixerConfig
+from graft.config.families import Norm, Position, PositionConfig, TokenMixerConfig
 from graft.norms.rms_norm_config import RMSNormConfig
+from graft.positions.hope_config import HopeConfig
 from graft.positions.rope_config import RopeConfig, YarnScaling
 
 
@@ -32,7 +33,10 @@ class MLAConfig(TokenMixerConfig):
     v_head_dim: int = knob(doc="channels per head of values", ge=1)
     sliding_window: int | None = knob(None, "keys a query sees, itself included; null = all", ge=1)
     latent_norm: Norm = knob(doc="norm on both latents; RMSNorm as published", factory=RMSNormConfig)
-    position: RopeConfig = knob(doc="rotation of the qk_rope_head_dim channels: {type: rope, …}", factory=RopeConfig)
+    position: Position = knob(
+        doc="what gives the qk_rope_head_dim channels their position: rope, or hope, which fades them with distance",
+        factory=RopeConfig,
+    )
     mscale: float = knob(
         1.0, "YaRN: cos and sin get m(mscale) / m(mscale_all_dim), m(x) = 0.1·x·ln(factor) + 1; 1 = YaRN's own", ge=0.0
     )
@@ -44,7 +48,10 @@ class MLAConfig(TokenMixerConfig):
     )
 
     def problems(self) -> Iterator[Problem]:
-        if self.position.partial_rotary_factor != 1.0:
+        if not isinstance(self.position, RopeConfig | HopeConfig):
+            tag = getattr(self.position, "type", "")
+            yield Problem(("position", "type"), f"{tag} does not act on pairs of channels", "use rope or hope")
+        if isinstance(self.position, RopeConfig) and self.position.partial_rotary_factor != 1.0:
             yield Problem(
                 ("position", "partial_rotary_factor"),
                 "all of qk_rope_head_dim is rotated",
@@ -54,36 +61,41 @@ class MLAConfig(TokenMixerConfig):
             yield Problem(
                 ("qk_rope_head_dim",), f"{self.qk_rope_head_dim} channels cannot be rotated in pairs", "make it even"
             )
+        if self.rope_interleave and not isinstance(self.position, RopeConfig):
+            yield Problem(("rope_interleave",), "it says which channels rope rotates", "remove it")
         if (self.mscale, self.mscale_all_dim) == (1.0, 0.0):
             return
-        if not isinstance(self.position.scaling, YarnScaling):
+        yarn = self._yarn()
+        if yarn is None:
             yield Problem(
                 ("mscale" if self.mscale != 1.0 else "mscale_all_dim",),
                 "mscale and mscale_all_dim do nothing without YaRN",
                 "set position.scaling: {type: yarn, …}, or remove them",
             )
-        elif self.position.scaling.attention_factor is not None:
+        elif yarn.attention_factor is not None:
             yield Problem(
                 ("position", "scaling", "attention_factor"),
                 "attention_factor and mscale both say what cos and sin are multiplied by",
                 "remove one of them",
             )
 
-    def rope(self) -> RopeConfig:
-        """The rotation with `mscale` and `mscale_all_dim` worked into its factor on cos and sin."""
-        scaling = self.position.scaling
-        if not isinstance(scaling, YarnScaling) or scaling.attention_factor is not None:
+    def _yarn(self) -> YarnScaling | None:
+        scaling = self.position.scaling if isinstance(self.position, RopeConfig) else None
+        return scaling if isinstance(scaling, YarnScaling) else None
+
+    def built_position(self) -> PositionConfig:
+        """The position, with `mscale` and `mscale_all_dim` worked into a rotation's factor on cos and sin."""
+        yarn = self._yarn()
+        if yarn is None or yarn.attention_factor is not None:
             return self.position
-        ratio = magnitude(scaling.factor, self.mscale) / magnitude(scaling.factor, self.mscale_all_dim)
-        return self.position.replace(scaling=scaling.replace(attention_factor=ratio))
+        ratio = magnitude(yarn.factor, self.mscale) / magnitude(yarn.factor, self.mscale_all_dim)
+        return self.position.replace(scaling=yarn.replace(attention_factor=ratio))
 
     def scale(self) -> float:
         """The factor on q·k: the root of one over the channels of a query, and `mscale_all_dim`'s."""
         root = (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
-        scaling = self.position.scaling
-        if not isinstance(scaling, YarnScaling):
-            return root
-        return root * magnitude(scaling.factor, self.mscale_all_dim) ** 2
+        yarn = self._yarn()
+        return root if yarn is None else root * magnitude(yarn.factor, self.mscale_all_dim) ** 2
 
     def advice_in(self, hidden_size: int) -> Iterator[Problem]:
         if self.q_lora_rank is not None and self.q_lora_rank >= hidden_size:
