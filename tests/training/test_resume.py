@@ -14,7 +14,12 @@ from graft.errors import CheckpointError, ConfigError, DataError, Preempted
 from graft.faults import reset_faults
 from tiny_run import assert_same_state, assert_same_weights, lines, write_text
 
-GALORE = ("optimizer.type=galore_adamw", "optimizer.rank=4", "optimizer.update_proj_gap=2")
+GALORE = (
+    "optimizer.type=galore_adamw",
+    "optimizer.learning_rate=3e-3",
+    "optimizer.rank=4",
+    "optimizer.update_proj_gap=2",
+)
 MUON = ("optimizer.type=muon", "optimizer.learning_rate=3e-3")
 
 
