@@ -9,11 +9,12 @@ INSTALLED := $(VENV)/.installed
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt tests/oracles.txt
+$(INSTALLED): pyproject.toml constraints.txt tests/oracles.txt tests/parity/fetch_ssd_minimal.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(VENV)/oracles -r tests/oracles.txt
+	$(BIN)/python tests/parity/fetch_ssd_minimal.py $(VENV)/oracles
 	touch $@
 
 demo: install

@@ -69,6 +69,16 @@ def fla_gla() -> type[nn.Module]:
     return fla_file("layers/gla.py", stand_ins).GatedLinearAttention
 
 
+@cache
+def ssd_minimal() -> Callable[..., tuple[Tensor, Tensor]]:
+    """mamba-ssm's plain form of the scan, listing 1 of the Mamba-2 paper; the file's own check imports a kernel."""
+    path = "mamba_ssm/modules/ssd_minimal.py"
+    module = ModuleType(path)
+    with importing({"mamba_ssm.ops.triton.ssd_combined": stand_in(mamba_chunk_scan_combined=never)}):
+        exec(compile((FOLDER / path).read_text(encoding="utf-8"), path, "exec"), vars(module))
+    return module.ssd_minimal_discrete
+
+
 def fla_file(path: str, stand_ins: Mapping[str, ModuleType]) -> ModuleType:
     """A file of flash-linear-attention by itself, with fp64 for fp32: importing the package needs triton."""
     module = ModuleType(path)

@@ -1,7 +1,7 @@
-"""Our recurrences are flash-linear-attention's plain forms, values, last states and gradients, in fp64.
+"""Our recurrences are flash-linear-attention's plain forms and mamba-ssm's, values, last states and gradients, in fp64.
 
-Theirs scale queries by H^-½, which is worked in here before ours see them, and hold heads in front of positions where a
-``heads_first`` says so. Both take logarithms of decays, and states as [B, N, k, values].
+Those of flash-linear-attention scale queries by H^-½, which is worked in here before ours see them, and hold heads in
+front of positions where a ``heads_first`` says so. Both take logarithms of decays, and states as [B, N, k, values].
 """
 
 from __future__ import annotations
@@ -122,6 +122,33 @@ def test_decay_attention_with_a_decay_per_position(T: int, form: str, kernels: K
         lambda: decay_attention(q * SCALE, k, v, g, state_BNHF=state, kernels=kernels),
         lambda: naive(q, k, v, g, initial_state=state, output_final_state=True),
         (q, k, v, g, state),
+    )
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("K", [1, 2, 4], ids=lambda K: f"groups{K}")
+@pytest.mark.parametrize(
+    ("T", "block_len", "chunk_size"), [(2, 1, 64), (12, 4, 5), (12, 12, 1), (36, 6, 6), (60, 10, 16), (130, 13, 64)]
+)
+@pytest.mark.parametrize("given_state", [True, False])
+def test_decay_attention_is_the_scan_of_mamba2s_paper(
+    T: int, block_len: int, chunk_size: int, K: int, given_state: bool, kernels: Kernels
+) -> None:
+    """B writes, C reads, per group of heads; theirs has a B and a C per head, and states as [B, 1, N, values, k]."""
+    heads, x, log_decay = 4, leaf(B, T, 4, V), log_decays(B, T, 4)
+    C_BTKH, B_BTKH = leaf(B, T, K, H), leaf(B, T, K, H, scale=0.5)
+    state = leaf(B, heads, H, V) if given_state else None
+
+    def theirs() -> tuple[Tensor, Tensor]:
+        reads, writes = (y.repeat_interleave(heads // K, dim=2) for y in (C_BTKH, B_BTKH))
+        first = None if state is None else state.mT[:, None]
+        y, last = oracles.ssd_minimal()(x, log_decay, writes, reads, block_len, first)
+        return y, last.mT
+
+    assert_same(
+        lambda: decay_attention(C_BTKH, B_BTKH, x, log_decay, state_BNHF=state, chunk_size=chunk_size, kernels=kernels),
+        theirs,
+        (C_BTKH, B_BTKH, x, log_decay, *([] if state is None else [state])),
     )
 
 
