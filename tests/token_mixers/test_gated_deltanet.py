@@ -29,9 +29,9 @@ TOLERANCE = 1e-5
 """Of the largest value: transformers computes in fp32 whatever the inputs."""
 
 
-def part(**fields) -> GatedDeltaNet:
+def part(*, causal: bool = True, **fields) -> GatedDeltaNet:
     sizes = {"num_k_heads": K, "num_v_heads": N, "head_dim": H, "v_head_dim": V, **fields}
-    built = build(GatedDeltaNetConfig.model_validate({"type": "gated_deltanet", **sizes}))
+    built = build(GatedDeltaNetConfig.model_validate({"type": "gated_deltanet", **sizes}), causal=causal)
     assert isinstance(built, GatedDeltaNet)
     return built
 
@@ -117,11 +117,62 @@ def test_decoding_is_that_of_qwen3_next(prefill):
     assert_close(decoded(ours, x, sizes)[0], torch.cat(wanted, dim=1), "cached decoding")
 
 
+def encoded(names: dict[str, Tensor], x_TD: Tensor) -> Tensor:
+    """An encoder's layer for one document: every head, direction and token by itself.
+
+    Each way fades its memory and takes from it what the key finds; what the way back has then left is read before the
+    value is written, since the way there has the value already.
+    """
+    projected = torch.cat([x_TD @ names[f"{name}_proj.weight"].mT for name in "qkv"], dim=-1)
+    padded = torch.nn.functional.pad(projected, (0, 0, 2, 1))  # of four taps the third is the position's own
+    mixed = sum(padded[i : i + len(x_TD)] * names["conv.weight"][:, i] for i in range(4))
+    q, k, v = torch.nn.functional.silu(torch.as_tensor(mixed)).split((K * H, K * H, N * V), dim=-1)
+    heads = []
+    for n in range(N):
+        key = slice(n // (N // K) * H, (n // (N // K) + 1) * H)
+        value = slice(n * V, (n + 1) * V)
+        read = [torch.zeros(V, dtype=x_TD.dtype)] * len(x_TD)
+        for back in (False, True):
+            memory = torch.zeros(H, V, dtype=x_TD.dtype)
+            for t in reversed(range(len(x_TD))) if back else range(len(x_TD)):
+                q_t, k_t = (z[t, key] / (z[t, key].square().sum() + 1e-6).sqrt() for z in (q, k))
+                share = torch.sigmoid(names["b_proj.weight"][n] @ x_TD[t])
+                step = torch.log1p((names["a_proj.weight"][n] @ x_TD[t] + names["fading.dt_bias"][n]).exp())
+                faded = (-names["fading.A_log"][n].exp() * step).exp() * memory
+                corrected = faded - share * torch.outer(k_t, faded.mT @ k_t)
+                memory = corrected + share * torch.outer(k_t, v[t, value])
+                read[t] = read[t] + (corrected if back else memory).mT @ q_t / H**0.5
+        gates = torch.nn.functional.silu(x_TD @ names["gate_proj.weight"][value].mT)
+        o = torch.stack(read)
+        heads.append(o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt() * names["head_norm.weight"] * gates)
+    return torch.cat(heads, -1) @ names["o_proj.weight"].mT
+
+
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
-def test_documents_are_alone(kernels):
-    built = part()
+@pytest.mark.parametrize("T", [1, 9, 70])
+def test_values_and_gradients_of_an_encoder_are_those_of_its_two_ways(T, kernels):
+    built = part(causal=False)
     built.kernels = kernels
-    assert_documents_are_alone(built)
+    names = dict(built.named_parameters())
+    x, direction = torch.randn(2, 2, T, 24, dtype=torch.float64)
+    wanted, y = torch.stack([encoded(names, row) for row in x]), built(x, context(x, causal=False)).y
+    torch.testing.assert_close(y, wanted, rtol=1e-9, atol=1e-10)
+    results = [torch.autograd.grad((z * direction).sum(), list(names.values())) for z in (y, wanted)]
+    torch.testing.assert_close(*results, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_documents_are_alone(kernels, causal):
+    built = part(causal=causal)
+    built.kernels = kernels
+    assert_documents_are_alone(built, causal=causal)
+
+
+def test_an_encoder_reads_a_token_alone_as_a_decoder_does():
+    built = [part(causal=causal, kernel_size=1) for causal in (True, False)]
+    x = torch.randn(4, 1, 24, dtype=torch.float64)
+    torch.testing.assert_close(*(one(x, context(x, causal=one.causal)).y for one in built))
 
 
 @settings(max_examples=15)
@@ -161,19 +212,23 @@ def solve_flops(system_shape, sides_shape, *args, out_shape=None, **kwargs) -> i
     return torch.Size(batch).numel() * size * size * columns
 
 
-def test_roles_cost_and_state():
+@pytest.mark.parametrize("causal", [True, False])
+def test_counted_flops_are_those_of_the_forward(causal):
+    built, mapping = part(causal=causal), {torch.ops.aten.linalg_solve_triangular: solve_flops}
+    for T in (1, 20, 130):
+        x = torch.randn(1, T, 24, dtype=torch.float64)
+        with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+            built(x, context(x, causal=causal))
+        assert counter.get_total_flops() == pytest.approx(T * built.flops_per_token(T), rel=1e-12)
+
+
+def test_roles_and_state():
     built = part()
     roles = parameter_roles(built)
     assert roles["fading.A_log"] == roles["fading.dt_bias"] == "scalar"
     assert roles["conv.weight"] == "conv"
     assert roles["head_norm.weight"] == "norm"
     assert {role for name, role in roles.items() if name.endswith("proj.weight")} == {"recurrence"}
-    mapping = {torch.ops.aten.linalg_solve_triangular: solve_flops}
-    for T in (1, 20, 130):
-        x = torch.randn(1, T, 24, dtype=torch.float64)
-        with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-            built(x, context(x))
-        assert counter.get_total_flops() == pytest.approx(T * built.flops_per_token(T), rel=1e-12)
     channels = 2 * K * H + N * V
     for length in (1, 9999):
         assert built.state_bytes(length, torch.bfloat16) == N * H * V * 4 + 3 * (channels * 2 + 8) + 8

@@ -26,7 +26,7 @@ from graft.config.roles import NO_DECAY
 from graft.ops.documents import find_documents
 from graft.ops.linear_scan import linear_scan
 from graft.part import parameter_roles
-from graft.token_mixers.rglru import RGLRU
+from graft.token_mixers.rglru import RGLRU, steps
 from graft.token_mixers.rglru_config import RGLRUConfig
 
 NAMES = {
@@ -47,8 +47,8 @@ NAMES = {
 """A parameter of transformers' block -> the same here."""
 
 
-def part(**fields) -> RGLRU:
-    built = build(RGLRUConfig.model_validate({"type": "rglru", "num_heads": 4, **fields}))
+def part(*, causal: bool = True, **fields) -> RGLRU:
+    built = build(RGLRUConfig.model_validate({"type": "rglru", "num_heads": 4, **fields}), causal=causal)
     assert isinstance(built, RGLRU)
     return built
 
@@ -105,15 +105,54 @@ def test_documents_begin_as_in_recurrent_gemma():
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3], [0, 0, 1, 2, 3, 4, 5]])
     wanted = theirs.rg_lru(u, positions)
     segments = torch.tensor([[5, 5, 5, 2, 2, 2, 2], [1, 9, 9, 9, 9, 9, 9]])
-    h = linear_scan(*ours.recurrence(u, find_documents(segments)))
+    h = linear_scan(*steps(*ours.recurrence(u), find_documents(segments)))
     torch.testing.assert_close(h, wanted, **TOLERANCE)
 
 
+def encoded(names: dict[str, torch.Tensor], x_TD: torch.Tensor) -> torch.Tensor:
+    """An encoder's layer for one document: what comes from before, from after, and from the position itself."""
+    T, padded = len(x_TD), torch.nn.functional.pad(x_TD @ names["x_proj.weight"].mT, (0, 0, 2, 1))
+    u = names["conv.bias"] + torch.as_tensor(sum(padded[i : i + T] * names["conv.weight"][:, i] for i in range(4)))
+
+    def gate(name: str) -> torch.Tensor:
+        weight, bias = names[f"recurrence.{name}.weight"], names[f"recurrence.{name}.bias"]
+        return torch.sigmoid(u @ torch.block_diag(*weight) + bias)
+
+    softplus = names["recurrence.decay_parameter"].exp().log1p()
+    decay, gated = (-8.0 * softplus * gate("recurrence_gate")).exp(), gate("input_gate") * u
+    inner = (1 - decay**2).sqrt() * gated
+    rows = []
+    for t in range(T):
+        h = gated[t] if t in (0, T - 1) else inner[t]
+        for s in range(T):  # the first position enters whole on the way there, the last on the way back
+            if s != t:
+                entering = gated[s] if s == (0 if s < t else T - 1) else inner[s]
+                h = h + (decay[s + 1 : t + 1] if s < t else decay[t:s]).prod(0) * entering
+        rows.append(h)
+    branch = torch.nn.functional.gelu(x_TD @ names["gate_proj.weight"].mT, approximate="tanh")
+    return (branch * torch.stack(rows)) @ names["o_proj.weight"].mT
+
+
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
-def test_documents_are_alone(kernels):
-    built = part(intermediate_size=32)
+@pytest.mark.parametrize("T", [1, 2, 9, 37])
+def test_values_and_gradients_of_an_encoder_are_those_of_its_two_ways(T, kernels):
+    built = part(causal=False)
     built.kernels = kernels
-    assert_documents_are_alone(built)
+    names = dict(built.named_parameters())
+    x, direction = torch.randn(2, 2, T, 24, dtype=torch.float64)
+    wanted, y = torch.stack([encoded(names, row) for row in x]), built(x, context(x, causal=False)).y
+    torch.testing.assert_close(y, wanted, **TOLERANCE)
+    how = {"allow_unused": T == 1, "materialize_grads": T == 1}  # a token alone reads no decay
+    results = [torch.autograd.grad((z * direction).sum(), list(names.values()), **how) for z in (y, wanted)]
+    torch.testing.assert_close(*results, **TOLERANCE)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_documents_are_alone(kernels, causal):
+    built = part(intermediate_size=32, causal=causal)
+    built.kernels = kernels
+    assert_documents_are_alone(built, causal=causal)
 
 
 @settings(max_examples=15)
@@ -156,10 +195,11 @@ def test_roles_cost_and_state():
     assert roles["recurrence.input_gate.weight"] == roles["x_proj.weight"] == "recurrence"
     assert roles["recurrence.input_gate.bias"] == "bias"
     assert "scalar" in NO_DECAY
-    x = torch.randn(1, 20, 24, dtype=torch.float64)
-    with FlopCounterMode(display=False) as counter:
-        built(x, context(x))
-    assert counter.get_total_flops() == 20 * built.flops_per_token(20)
+    for causal in (True, False):
+        x, one = torch.randn(1, 20, 24, dtype=torch.float64), part(intermediate_size=32, causal=causal)
+        with FlopCounterMode(display=False) as counter:
+            one(x, context(x, causal=causal))
+        assert counter.get_total_flops() == 20 * one.flops_per_token(20)
     assert built.state_bytes(10, torch.float32) == 32 * 4 + 3 * (32 * 4 + 8) + 8
     assert built.state_bytes(9999, torch.bfloat16) == 32 * 4 + 3 * (32 * 2 + 8) + 8
     state = built.init_state(2, 3, device=CPU, dtype=torch.bfloat16)

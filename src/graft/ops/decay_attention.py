@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graft.ops.bidirectional import bidirectional_sum, own_values
 from graft.ops.decay_attention_reference import recurrent_decay_attention
-from graft.ops.documents import Documents, find_documents, padded_documents
+from graft.ops.documents import Documents, padded_documents
 
 
 def decay_attention(
@@ -66,22 +67,16 @@ def bidirectional_decay_attention(
     chunk_size: int = 64,
     kernels: Literal["auto", "reference"] = "auto",
 ) -> Tensor:
-    """`decay_attention` in both directions, each position's own term counted once: [B, T, N, F].
+    """`decay_attention` in both directions (`bidirectional_sum`), each position's own term counted once: [B, T, N, F].
 
-    Going back, position n enters the state with its own factor as it does going forward, so that n sees a later m
-    faded by the factors of n … m − 1; with a constant factor γ that is γ^|n − m| on both sides.
+    With a constant factor γ a position sees another γ^|n − m| faded, on either side.
     """
-    ways: list[Tensor] = []
-    for backward in (False, True):
-        tensors = [x.flip(1) if backward else x for x in (q_BTKH, k_BTKH, v_BTNF, log_decay_BTN)]
-        documents = None
-        if segment_ids_BT is not None:
-            documents = find_documents(segment_ids_BT.flip(1) if backward else segment_ids_BT)
-        q, k, v, log_decay = tensors
-        y_BTNF, _ = decay_attention(q, k, v, log_decay, documents=documents, chunk_size=chunk_size, kernels=kernels)
-        ways.append(y_BTNF.flip(1) if backward else y_BTNF)
-    own_BTN1 = (q_BTKH * k_BTKH).sum(-1, keepdim=True).repeat_interleave(v_BTNF.shape[2] // q_BTKH.shape[2], dim=2)
-    return ways[0] + ways[1] - own_BTN1.to(v_BTNF.dtype) * v_BTNF
+
+    def one_way(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, documents: Documents | None) -> Tensor:
+        return decay_attention(q, k, v, log_decay, documents=documents, chunk_size=chunk_size, kernels=kernels)[0]
+
+    y_BTNF = bidirectional_sum(one_way, (q_BTKH, k_BTKH, v_BTNF, log_decay_BTN), segment_ids_BT)
+    return (y_BTNF - own_values(q_BTKH, k_BTKH, v_BTNF)).to(v_BTNF.dtype)
 
 
 class _Decays(NamedTuple):

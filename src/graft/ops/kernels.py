@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,8 +88,10 @@ _FLA = Kernel("fla", "retention", "graft.ops.kernels_fla:decay_attention", "fla"
 
 KERNELS: tuple[Kernel, ...] = (
     _FLA,
-    replace(_FLA, part="gla", operation="graft.ops.kernels_fla:gated_linear_attention"),
-    replace(_FLA, part="gated_deltanet", operation="graft.ops.kernels_fla:gated_delta_rule", dtypes=_HALF),
+    Kernel("fla", "gla", "graft.ops.kernels_fla:gated_linear_attention", "fla", "graft[fla]", _head_dims),
+    Kernel(
+        "fla", "gated_deltanet", "graft.ops.kernels_fla:gated_delta_rule", "fla", "graft[fla]", _head_dims, dtypes=_HALF
+    ),
     Kernel("mamba_ssm", "mamba2", "graft.ops.kernels_mamba:selective_scan", "mamba_ssm", "graft[mamba]", _one_way),
     Kernel(
         "flex",

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from graft.config.roles import Role
 from graft.initialization import Rng
-from graft.ops.documents import documents_of, forgetting, nothing_yet
+from graft.ops.bidirectional import bidirectional_sum, own_values
+from graft.ops.documents import Documents, documents_of, forgetting, nothing_yet
 from graft.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_flops
 from graft.ops.outside_graphs import outside_graphs
 from graft.ops.short_conv import ConvState
@@ -75,10 +76,13 @@ class GatedDeltaNet(Part):
 
     Source: Gated Delta Networks (2412.06464, section 3); the value heads, the scale 1/√H and the order of norm and gate
     are Qwen3-Next's. Deviations: the heads' norm is the model's unless ``head_norm`` says otherwise (the paper:
-    RMSNorm); no negative eigenvalues (β stays below 1).
+    RMSNorm); no negative eigenvalues (β stays below 1). In an encoder (the paper is causal only) the convolution is
+    centred and the recurrence runs both ways with the same weights; the two ``o`` are added, with what a position reads
+    of its own value, ``β_t (q_t · k_t) v_t / √H`` in either, counted once. The corrections are not separable: each way
+    corrects what it alone has read.
 
     The memory is fp32 or wider. The fast form works in chunks (`graft.ops.gated_delta_rule`), the reference is the
-    recurrence; a document begins with an empty memory. Causal only.
+    recurrence; a document begins with an empty memory.
 
     State: N·H·F_v fp32 numbers, ``kernel_size − 1`` inputs of 2·K·H + N·F_v channels with a document number each, and
     one more document number; whatever the length (F_v: channels of a value). FLOPs: see `flops_per_token`.
@@ -87,6 +91,7 @@ class GatedDeltaNet(Part):
     def __init__(self, config: GatedDeltaNetConfig, site: Site):
         super().__init__()
         self.config = config
+        self.causal = site.causal
         self.num_k_heads, self.head_dim = config.num_k_heads, config.head_dim
         self.num_v_heads = config.num_v_heads or config.num_k_heads
         self.v_head_dim = config.v_head_dim or config.head_dim
@@ -97,7 +102,7 @@ class GatedDeltaNet(Part):
         self.gate_proj = site.make_linear(D, values, role="recurrence")
         self.a_proj = site.make_linear(D, self.num_v_heads, role="recurrence")
         self.b_proj = site.make_linear(D, self.num_v_heads, role="recurrence")
-        self.conv = ShortConv(2 * keys + values, config.kernel_size)
+        self.conv = ShortConv(2 * keys + values, config.kernel_size, causal=site.causal)
         self.fading = Fading(self.num_v_heads)
         self.head_norm = site.make_norm(self.v_head_dim, config.head_norm)
         self.o_proj = site.make_linear(values, D, role="recurrence", residual_output=True)
@@ -105,26 +110,43 @@ class GatedDeltaNet(Part):
     def forward(
         self, x_BTD: Float[Tensor, "B T D"], ctx: Context, state: GatedDeltaNetState | None = None
     ) -> PartOutput:
-        assert ctx.causal, "the recurrence has one direction"
-        documents = documents_of(ctx.segment_ids_BT, x_BTD.shape[1], None if state is None else state.segment_B)
+        """[B, T, D] to [B, T, D]; see `graft.part.Part`. Decoding is causal only."""
         conv_state = None if state is None else state.conv
         q_BTNH, k_BTNH, v_BTNF, conv_state = self._read(x_BTD, ctx.segment_ids_BT, conv_state)
-        log_decay_BTN = forgetting(self.fading(self.a_proj(x_BTD)), documents)
         beta_BTN = torch.sigmoid(self.b_proj(x_BTD))
-        if documents is not None:
-            beta_BTN = beta_BTN.masked_fill(~documents.real_BT[..., None], 0.0)
-        if self.kernel is not None and state is None:
-            o_BTNF = outside_graphs(self.kernel.run)(q_BTNH, k_BTNH, v_BTNF, log_decay_BTN, beta_BTN, documents)
-            return PartOutput(self._out(x_BTD, o_BTNF))
-        memory_BNHF = None if state is None else state.memory_BNHF
-        o_BTNF, memory_BNHF = gated_delta_rule(
-            q_BTNH, k_BTNH, v_BTNF, log_decay_BTN, beta_BTN, memory_BNHF, kernels=self.kernels
-        )
+        tensors = (q_BTNH, k_BTNH, v_BTNF, self.fading(self.a_proj(x_BTD)), beta_BTN)
+        if not self.causal:
+            assert state is None, "an encoder has no state"
+            o_BTNF = bidirectional_sum(lambda *given: self._one_way(*given)[0], tensors, ctx.segment_ids_BT)
+            own_BTNF = beta_BTN[..., None] * own_values(q_BTNH, k_BTNH, v_BTNF)
+            return PartOutput(self._out(x_BTD, (o_BTNF - own_BTNF).to(v_BTNF.dtype)))
+        documents = documents_of(ctx.segment_ids_BT, x_BTD.shape[1], None if state is None else state.segment_B)
+        o_BTNF, memory_BNHF = self._one_way(*tensors, documents, state)
         if state is not None:
             assert documents is not None
             assert conv_state is not None
+            assert memory_BNHF is not None
             state = GatedDeltaNetState(memory_BNHF.to(state.memory_BNHF.dtype), conv_state, documents.segment_B)
         return PartOutput(self._out(x_BTD, o_BTNF), state)
+
+    def _one_way(
+        self,
+        q_BTNH: Tensor,
+        k_BTNH: Tensor,
+        v_BTNF: Tensor,
+        log_decay_BTN: Tensor,
+        beta_BTN: Tensor,
+        documents: Documents | None,
+        state: GatedDeltaNetState | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The heads from the first position to the last [B, T, N, F], and the memory (None from another's kernel)."""
+        log_decay_BTN = forgetting(log_decay_BTN, documents)
+        if documents is not None:
+            beta_BTN = beta_BTN.masked_fill(~documents.real_BT[..., None], 0.0)
+        tensors = (q_BTNH, k_BTNH, v_BTNF, log_decay_BTN, beta_BTN)
+        if self.kernel is not None and state is None:
+            return outside_graphs(self.kernel.run)(*tensors, documents), None
+        return gated_delta_rule(*tensors, None if state is None else state.memory_BNHF, kernels=self.kernels)
 
     def _out(self, x_BTD: Tensor, o_BTNF: Tensor) -> Tensor:
         """The heads normed, gated and projected."""
@@ -151,7 +173,7 @@ class GatedDeltaNet(Part):
         return GatedDeltaNetState(memory_BNHF, conv, nothing_yet(batch_size, device))
 
     def flops_per_token(self, seq_len: int) -> float:
-        """2 per weight of the projections, and the products of the chunked form, which trains and prefills.
+        """2 per weight of the projections, and the products of the chunked form, twice in an encoder.
 
         Per value head: 5·C·H + 3·C·F_v for the pairs of a chunk of C positions and its triangular system, and 6·H·F_v
         for the memory; a step of decoding is a chunk of one. The same for every length that fills its chunks. The
@@ -160,7 +182,7 @@ class GatedDeltaNet(Part):
         products = gated_delta_rule_flops(
             seq_len, num_heads=self.num_v_heads, head_dim=self.head_dim, value_dim=self.v_head_dim
         )
-        return linear_flops(self) + products
+        return linear_flops(self) + products * (1 if self.causal else 2)
 
 
 def _of_length_one(x_BTKH: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Config of the gated delta network's mixer."""
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Literal
 
 from graft.config.base import Problem, knob
 from graft.config.families import Norm, TokenMixerConfig
@@ -11,7 +11,6 @@ class GatedDeltaNetConfig(TokenMixerConfig):
     """Linear attention whose memory fades, and is corrected by each key's error (2412.06464)."""
 
     implementation = "graft.token_mixers.gated_deltanet:GatedDeltaNet"
-    supports_bidirectional: ClassVar[bool] = False
     type: Literal["gated_deltanet"] = knob("gated_deltanet", "tag")
     num_k_heads: int = knob(doc="heads of queries and keys (K)", ge=1)
     num_v_heads: int | None = knob(
@@ -21,7 +20,9 @@ class GatedDeltaNetConfig(TokenMixerConfig):
     v_head_dim: int | None = knob(
         None, "channels of a value; null = head_dim (Qwen3-Next; the paper has twice as many)", ge=1
     )
-    kernel_size: int = knob(4, "positions the convolution sees, itself included (the paper's choice)", ge=1)
+    kernel_size: int = knob(
+        4, "positions the convolution sees, itself included; centred in an encoder (4: the paper's)", ge=1
+    )
     head_norm: Norm | None = knob(None, "norm of each value head's output; null = model.norm")
 
     def problems(self) -> Iterator[Problem]:

@@ -1,7 +1,7 @@
 """Config of gated linear attention."""
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Literal
 
 from graft.config.base import Problem, knob
 from graft.config.families import Norm, TokenMixerConfig
@@ -11,7 +11,6 @@ class GLAConfig(TokenMixerConfig):
     """Linear attention whose memory decays per channel, by a factor that depends on the token (2312.06635)."""
 
     implementation = "graft.token_mixers.gla:GLA"
-    supports_bidirectional: ClassVar[bool] = False
     type: Literal["gla"] = knob("gla", "tag")
     num_heads: int = knob(doc="heads (N), each with a memory of head_dim × v_head_dim numbers", ge=1)
     head_dim: int | None = knob(

@@ -1,7 +1,7 @@
 """Config of the real-gated linear recurrence."""
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Literal
 
 from graft.config.base import Problem, knob
 from graft.config.families import TokenMixerConfig
@@ -11,13 +11,14 @@ class RGLRUConfig(TokenMixerConfig):
     """Griffin's recurrent block: a convolution and a gated linear recurrence, times a GELU branch (2402.19427)."""
 
     implementation = "graft.token_mixers.rglru:RGLRU"
-    supports_bidirectional: ClassVar[bool] = False
     type: Literal["rglru"] = knob("rglru", "tag")
     num_heads: int = knob(doc="blocks of the gates' block-diagonal maps (N), a divisor of the recurrence's width", ge=1)
     intermediate_size: int | None = knob(
         None, "width of the recurrence (F); null = hidden_size; the paper's Griffin has 4/3 of it", ge=1
     )
-    kernel_size: int = knob(4, "positions the convolution sees, itself included (the paper's choice)", ge=1)
+    kernel_size: int = knob(
+        4, "positions the convolution sees, itself included; centred in an encoder (4: the paper's)", ge=1
+    )
     conv_bias: bool = knob(True, "bias on the convolution (RecurrentGemma)")
     projection_bias: bool = knob(False, "biases on the three projections (RecurrentGemma has them)")
     activation: Literal["gelu", "gelu_tanh", "silu"] = knob("gelu_tanh", "nonlinearity of the branch beside")
