@@ -91,7 +91,8 @@ def train(
         stream: where a person reads; None = stderr.
 
     Returns:
-        The finished run: ``run.model``, ``run.step``, ``run.best_loss``, ``run.last_evaluation``.
+        The finished run: ``run.model``, ``run.step``, ``run.best_loss``, ``run.last_evaluation``; ``run.marks`` says
+        what is true of every number (``leaks_future``).
 
     Raises:
         Preempted, Interrupted, DivergedError, ResourceError, DataError, CheckpointError, ConfigError.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from graft import api
 from graft.cli.main import run as command
+from graft.config.identity import resolved_yaml
 from graft.config.model import ModelConfig
 from graft.contracts.subject import loud
 from graft.errors import ConfigError, ExitCode
@@ -28,34 +30,85 @@ MEMORY = (
 ATTENTION = "{type: attention, num_heads: 2, position: {type: rope}}"
 
 
+LEAKY = (f"model.blocks.main=[{ATTENTION}, {MEMORY}]", "training.max_steps=4", "logging.tensorboard=true")
+
+
 @pytest.fixture(scope="module")
 def leaky(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run whose memory is routed by the whole sequence."""
     place = tmp_path_factory.mktemp("leaky")
-    api.train(
-        tiny(place, f"model.blocks.main=[{ATTENTION}, {MEMORY}]", "training.max_steps=4"),
-        out=place / "run",
-        stream=io.StringIO(),
-    )
+    run = api.train(tiny(place, *LEAKY), out=place / "run", stream=io.StringIO())
+    assert run.marks == {"leaks_future": True}
+    assert run.last_evaluation is not None
+    assert run.last_evaluation[1]["leaks_future"] is True
     return place / "run"
 
 
-def test_every_number_of_a_leaky_run_is_marked(leaky: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_number_that_a_leaky_run_keeps_is_marked(leaky: Path) -> None:
     metrics = lines(leaky / "metrics.jsonl")
     assert {line["kind"] for line in metrics} >= {"train", "eval"}
     assert all(line["leaks_future"] is True for line in metrics)
-    assert read_manifest(load_run(leaky).checkpoint).metadata["leaks_future"] is True
-    assert command(["eval", str(leaky), "--validation", "--json", "--device", "cpu"]) == 0
-    assert json.loads(capsys.readouterr().out)["leaks_future"] is True
-    assert command(["report", str(leaky)]) == 0
-    assert "reads the future" in (leaky / "report.html").read_text()
+    (saved, *_) = (event for event in lines(leaky / "events.jsonl") if "score" in event)
+    assert saved["leaks_future"] is True
+    checkpoint = load_run(leaky).checkpoint
+    assert read_manifest(checkpoint).metadata["leaks_future"] is True
+    numbers = [line for line in (leaky / "train.log").read_text().splitlines() if line.startswith("step ")]
+    assert {line.split()[2] for line in numbers} == {"loss", "held-out"}
+    assert all(line.endswith("  (leaks_future)") for line in numbers)
     assert "reads the future" in (leaky / "train.log").read_text()
 
 
-def test_a_run_without_a_leak_is_not_marked(tmp_path: Path) -> None:
-    api.train(tiny(tmp_path, "training.max_steps=2"), out=tmp_path / "run", stream=io.StringIO())
-    assert not any("leaks_future" in line for line in lines(tmp_path / "run" / "metrics.jsonl"))
-    assert "leaks_future" not in read_manifest(load_run(tmp_path / "run").checkpoint).metadata
+def test_every_number_that_trackers_get_of_a_leaky_run_is_marked(leaky: Path) -> None:
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    (file,) = (leaky / "tensorboard").iterdir()
+    tags = {value.tag for event in EventFileLoader(str(file)).Load() for value in event.summary.value}
+    assert {"leaks_future/train/loss", "leaks_future/eval/loss"} <= tags
+    assert all(tag.startswith("leaks_future/") for tag in tags)
+
+
+def test_every_number_that_is_told_of_a_leaky_run_is_marked(leaky: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*words: str) -> str:
+        assert command([words[0], str(leaky), *words[1:]]) == 0
+        return capsys.readouterr().out
+
+    assert json.loads(said("eval", "--validation", "--json", "--device", "cpu"))["leaks_future"] is True
+    assert json.loads(said("report", "--json"))["leaks_future"] is True
+    compared = [line.split("bits per byte")[1].strip() for line in said("report").splitlines()[:-1]]
+    assert set(compared) == {"this run  (leaks_future)", "untrained  (leaks_future)", "unigram", "5-gram"}
+    page = (leaky / "report.html").read_text()
+    assert "reads the future" in page
+    for name in ("held-out bits per byte", "held-out perplexity", "training", "held out", "this run", "untrained"):
+        assert re.search(rf">{re.escape(name)}  \(leaks_future\)<", page)
+    assert command(["generate", str(leaky), "--max-new-tokens", "1", "--device", "cpu"]) == 0
+    assert "reads the future" in capsys.readouterr().err
+
+
+def test_what_train_says_last_of_a_leaky_run_is_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(resolved_yaml(tiny(tmp_path, *LEAKY)))
+    short = ["train", str(config), "training.max_steps=2"]
+    assert command([*short, "--out", str(tmp_path / "told")]) == 0
+    assert "this run  (leaks_future)\n" in capsys.readouterr().out
+    assert command([*short, "--out", str(tmp_path / "json"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["leaks_future"] is True
+    assert report["evaluation"]["leaks_future"] is True
+
+
+def test_a_run_without_a_leak_is_not_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(resolved_yaml(tiny(tmp_path, "training.max_steps=2", "logging.tensorboard=true")))
+    out = tmp_path / "run"
+    assert command(["train", str(config), "--out", str(out), "--json"]) == 0
+    assert command(["eval", str(out), "--validation", "--device", "cpu"]) == 0
+    assert command(["report", str(out)]) == 0
+    written = [path for path in out.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+    assert {path.name for path in written} >= {"metrics.jsonl", "events.jsonl", "train.log", "report.html"}
+    assert not [path for path in written if b"(leaks_future)" in path.read_bytes()]
+    assert "leaks_future" not in "".join(capsys.readouterr())
+    assert not any("leaks_future" in line for line in lines(out / "metrics.jsonl") + lines(out / "events.jsonl"))
+    assert "leaks_future" not in read_manifest(load_run(out).checkpoint).metadata
 
 
 def test_eval_says_what_rounding_costs(leaky: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,6 +97,13 @@ def open_run(path: str, *, best: bool, device: str, dtype: str) -> LoadedRun:
     return load_run(path, which=which, device=resolve_device(device), dtype=dtypes[dtype])
 
 
+def leak_notice(run: LoadedRun) -> str | None:
+    """What to say when a text is made by a model that read ahead while it was trained."""
+    from graft.config.advice import LEAK
+
+    return LEAK if run.experiment.model.leaks_future else None
+
+
 def length_notice(run: LoadedRun, tokens: int) -> str | None:
     """What to say when a text gets longer than the model was trained on."""
     seq_len = run.experiment.data.seq_len

@@ -52,6 +52,8 @@ def chat(
         stop=stop or [],
     )
     notes = console(stderr=True)
+    if notice := arguments.leak_notice(loaded):
+        notes.print(f"note: {notice}")
     notes.print(f"{loaded.checkpoint}: a base model; it continues your text and answers nothing. {HELP}.")
     _converse(conversation)
 

@@ -44,7 +44,6 @@ def evaluate(
     if bool(text) == validation:
         raise ConfigError("give either --text or --validation", where="graft eval")
     bits = arguments.checked_bits(memory_bits, memory_group_size)
-    from graft.config.advice import marks
     from graft.evals.perplexity import text_loss
 
     loaded = arguments.open_run(run, best=best, device=device, dtype=dtype)
@@ -63,13 +62,13 @@ def evaluate(
         ).to_dict()
 
     report: dict[str, Any] = {"checkpoint": str(loaded.checkpoint), "step": loaded.step}
-    report |= {"context": context, "stride": stride, **marks(loaded.experiment), **score()}
+    report |= {"context": context, "stride": stride, **score()}
     if bits is not None:
         from graft.memories.bank import quantize_banks
 
         before, after = quantize_banks(loaded.model, bits, memory_group_size)
         report["memory_bytes"] = before
-        report["rounded"] = {"memory_bits": bits, "memory_bytes": after, **marks(loaded.experiment), **score()}
+        report["rounded"] = {"memory_bits": bits, "memory_bytes": after, **score()}
     print_json(report) if as_json else _print(report)
 
 

@@ -43,8 +43,8 @@ def generate(
     loaded = arguments.open_run(run, best=best, device=device, dtype=dtype)
     loaded.model.set_runtime(compile_decode=compile)
     prompts = [prompt_ids(loaded.tokenizer, text) for text in prompt or [""]]
-    notice = arguments.length_notice(loaded, max(map(len, prompts)) + max_new_tokens)
-    if notice:
+    length = max(map(len, prompts)) + max_new_tokens
+    for notice in filter(None, (arguments.leak_notice(loaded), arguments.length_notice(loaded, length))):
         console(stderr=True).print(f"note: {notice}")
     single = len(prompts) == 1 and not as_json
     if single:

@@ -18,11 +18,12 @@ def report(run: Annotated[Path, typer.Argument(help="Run directory.")], as_json:
     from graft.report.page import RunRecord, comparison, comparison_lines, write_report
 
     path = write_report(run)
-    scores = comparison(RunRecord.read(run))
+    record = RunRecord.read(run)
+    scores = comparison(record)
     if as_json:
-        print_json({"report": str(path), "bits_per_byte": scores})
+        print_json({"report": str(path), **record.marks, "bits_per_byte": scores})
         return
     out = console()
-    for line in comparison_lines(scores):
+    for line in comparison_lines(scores, record.marks):
         out.print(line)
     out.print(str(path))

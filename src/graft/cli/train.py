@@ -57,7 +57,8 @@ def _compare(run_dir: Path) -> None:
     """Prints how the run stands beside the untrained model and counting, and where its page is."""
     from graft.report.page import FILE, RunRecord, comparison, comparison_lines
 
-    for line in comparison_lines(comparison(RunRecord.read(run_dir))):
+    record = RunRecord.read(run_dir)
+    for line in comparison_lines(comparison(record), record.marks):
         typer.echo(line)
     typer.echo(str(run_dir / FILE))
 
@@ -90,6 +91,7 @@ def summary(run: Run) -> dict[str, Any]:
         "parameters": run.model.num_parameters(),
         "data_fingerprint": run.prepared.fingerprint,
         "best_loss": run.best_loss,
+        **run.marks,
         "evaluation": {"step": step, **numbers},
         "skipped_steps": run.guard.skipped_steps,
         "rollbacks": run.guard.rollbacks,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from graft.config.base import sub_configs
 from graft.config.experiment import Experiment
 from graft.config.families import PartConfig, TokenMixerConfig
+from graft.config.model import ModelConfig
 from graft.config.tree import dotted
 
 
@@ -22,12 +23,19 @@ def warnings(experiment: Experiment) -> list[str]:
     ]
 
 
-def marks(experiment: Experiment) -> dict[str, bool]:
+def marks(model: ModelConfig) -> dict[str, bool]:
     """What every number measured with the model is marked with: ``leaks_future: true``, or nothing.
 
-    Metric lines, checkpoints, ``graft eval`` and the report carry it.
+    Whatever holds such numbers under their names holds the marks beside them (metric lines, events, checkpoints,
+    ``--json``, `graft.training.run.Run.last_evaluation`, `graft.evals.perplexity.TextLoss`), and so do the names under
+    which trackers get them; texts for people are `marked`.
     """
-    return {"leaks_future": True} if experiment.model.leaks_future else {}
+    return {"leaks_future": True} if model.leaks_future else {}
+
+
+def marked(text: str, marks: Mapping[str, bool]) -> str:
+    """``text`` that tells numbers of a model, or names one, with the model's `marks` behind it."""
+    return "  ".join((text, *(f"({mark})" for mark in marks)))
 
 
 LEAK = "the model reads the future: its losses are too good, and it cannot generate as it was trained"

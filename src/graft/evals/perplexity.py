@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from graft.config.advice import marks
 from graft.data.batch import IGNORED_TARGET, Batch
 from graft.errors import ConfigError, DataError
 from graft.model import Model
@@ -47,6 +48,7 @@ class TextLoss:
         num_documents: documents.
         num_bytes: UTF-8 bytes of the text.
         num_characters: characters of the text.
+        marks: what is true of all these numbers (`graft.config.advice.marks`).
     """
 
     loss_sum: float
@@ -54,6 +56,7 @@ class TextLoss:
     num_documents: int
     num_bytes: int
     num_characters: int
+    marks: Mapping[str, bool] = field(default_factory=dict[str, bool])
 
     @property
     def loss(self) -> float:
@@ -76,8 +79,9 @@ class TextLoss:
         return self.loss_sum / math.log(2) / self.num_characters
 
     def to_dict(self) -> dict[str, float]:
-        """Every number by name."""
+        """Every number by name, behind the marks."""
         return {
+            **self.marks,
             "loss": self.loss,
             "perplexity": self.perplexity,
             "bits_per_byte": self.bits_per_byte,
@@ -212,4 +216,5 @@ def text_loss(
         model.train(was_training)
     if counted.num_bytes == 0:
         raise DataError("there is no text to score", fix="give a file with text in it")
-    return TextLoss(loss_sum, num_tokens, counted.count, counted.num_bytes, counted.num_characters)
+    counts = num_tokens, counted.count, counted.num_bytes, counted.num_characters
+    return TextLoss(loss_sum, *counts, marks=marks(model.config))

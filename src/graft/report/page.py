@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from graft.config.advice import LEAK
+from graft.config.advice import LEAK, marked, marks
 from graft.config.experiment import Experiment
 from graft.config.load import load_experiment
 from graft.errors import CheckpointError
@@ -75,6 +75,11 @@ class RunRecord:
             read_lines(path / "events.jsonl"),
         )
 
+    @property
+    def marks(self) -> dict[str, bool]:
+        """What is true of every number measured with the model (`graft.config.advice.marks`)."""
+        return marks(self.experiment.model)
+
     def points(self, kind: str, field: str) -> list[tuple[float, float]]:
         """(step, value) of every line of a kind that has the field; ``time.x`` looks into the line's time."""
         *outer, name = field.split(".")
@@ -106,9 +111,15 @@ def comparison(record: RunRecord) -> dict[str, float]:
     return bars
 
 
-def comparison_lines(scores: Mapping[str, float]) -> list[str]:
-    """`comparison` to read in a terminal, best first."""
-    return [f"{bpb:8.4f} bits per byte  {name}" for name, bpb in sorted(scores.items(), key=lambda item: item[1])]
+def comparison_lines(scores: Mapping[str, float], marks: Mapping[str, bool]) -> list[str]:
+    """`comparison` to read in a terminal, best first; what was measured with the model is marked."""
+    ranked = sorted(scores.items(), key=lambda item: item[1])
+    return [f"{bpb:8.4f} bits per byte  {_marked_bar(name, marks)}" for name, bpb in ranked]
+
+
+def _marked_bar(name: str, marks: Mapping[str, bool]) -> str:
+    """A name of `comparison`, marked where its score is the model's and not counting's."""
+    return marked(name, marks) if name in (THIS_RUN, UNTRAINED) else name
 
 
 def _cards(cards: Mapping[str, str | None]) -> str:
@@ -124,11 +135,14 @@ def _format(value: float | None, pattern: str = "{:.4f}") -> str | None:
 
 def _headline(record: RunRecord) -> str:
     seconds = record.last("train", "time.seconds")
+    scores = {
+        "held-out bits per byte": _format(record.last("eval", "bpb")),
+        "held-out loss (nats per token)": _format(record.last("eval", "loss")),
+        "held-out perplexity": _format(record.last("eval", "perplexity"), "{:,.2f}"),
+    }
     return _cards(
         {
-            "held-out bits per byte": _format(record.last("eval", "bpb")),
-            "held-out loss (nats per token)": _format(record.last("eval", "loss")),
-            "held-out perplexity": _format(record.last("eval", "perplexity"), "{:,.2f}"),
+            **{marked(name, record.marks): score for name, score in scores.items()},
             "steps": _format(record.last("train", "step"), "{:,.0f}"),
             "tokens": _format(record.last("train", "tokens"), "{:,.0f}"),
             "tokens per second": _format(record.last("train", "time.tokens_per_second"), "{:,.0f}"),
@@ -165,15 +179,16 @@ def render(record: RunRecord) -> str:
     bars = comparison(record)
     levels = {name: value for name, value in bars.items() if name not in (THIS_RUN, UNTRAINED)}
     held_out = [p for p in record.points("eval", "bpb") if p[0] > 0]
-    curves = line_chart({"training": record.points("train", "bpb"), "held out": held_out}, levels=levels)
+    scores = {"training": record.points("train", "bpb"), "held out": held_out}
+    curves = line_chart({marked(what, record.marks): score for what, score in scores.items()}, levels=levels)
     name, state = record.experiment.name, str(record.status.get("state", "unknown"))
     reason = record.status.get("reason") or ""
     body = [
         f"<h1>{escape(name)}</h1>",
         f'<p class="sub">{escape(record.path.name)} · {escape(state)}{" · " + escape(reason) if reason else ""}</p>',
-        f"<p><b>{escape(LEAK)}.</b></p>" if record.experiment.model.leaks_future else "",
+        f"<p><b>{escape(LEAK)}.</b></p>" if record.marks else "",
         _headline(record),
-        _section("Against counting: bits per byte on the held-out text", _bars(bars)),
+        _section("Against counting: bits per byte on the held-out text", _bars(bars, record.marks)),
         _section("Bits per byte over steps", curves),
         _section("Learning rate", line_chart({"learning rate": record.points("train", "learning_rate")})),
         _section("Gradient norm before clipping", line_chart({"gradient norm": record.points("train", "grad_norm")})),
@@ -190,8 +205,11 @@ def render(record: RunRecord) -> str:
     )
 
 
-def _bars(bars: Mapping[str, float]) -> str:
-    return bar_chart(bars, highlight=THIS_RUN, unit="bpb") if THIS_RUN in bars else ""
+def _bars(bars: Mapping[str, float], marks: Mapping[str, bool]) -> str:
+    if THIS_RUN not in bars:
+        return ""
+    named = {_marked_bar(name, marks): bpb for name, bpb in bars.items()}
+    return bar_chart(named, highlight=_marked_bar(THIS_RUN, marks), unit="bpb")
 
 
 def write_report(run_dir: Path | str) -> Path:

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
+from graft.config.advice import marked
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -29,7 +31,10 @@ def duration(seconds: float) -> str:
 
 
 def describe(line: Mapping[str, Any]) -> str:
-    """One metric line in words: loss, rate, speed, share of peak, time left, memory. Absent numbers are left out."""
+    """One metric line in words: loss, rate, speed, share of peak, time left, memory. Absent numbers are left out.
+
+    What the line says is true of its numbers (`graft.config.advice.marks`) comes last.
+    """
     time = line.get("time", {})
     numbers = (
         ("loss", line.get("loss"), "{:.4f}"),
@@ -46,7 +51,7 @@ def describe(line: Mapping[str, Any]) -> str:
         words.append(f"{time['memory_bytes'] / 2**30:.2f} GiB")
     if time.get("seconds_left") is not None:
         words.append(f"{duration(time['seconds_left'])} left")
-    return "  ".join(words)
+    return marked("  ".join(words), {name: True for name, value in line.items() if value is True})
 
 
 class Console:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from graft.config.advice import marked
 from graft.training.evaluate import evaluate, evaluating
 from graft.training.recorder import Recorder
 from graft.training.run import Run
@@ -120,7 +121,8 @@ class EvaluateHook:
         self._recorder.line("eval", run.step, numbers, {"seconds": time.monotonic() - started})
         loss, bpb = numbers["loss"], numbers["bpb"]
         text = "none" if loss is None else f"{loss:.4f}" + ("" if bpb is None else f"  bpb {bpb:.4f}")
-        self._recorder.console.say(f"step {run.step}/{run.max_steps}  held-out loss {text}")
+        told = f"step {run.step}/{run.max_steps}  held-out loss {text}"
+        self._recorder.console.say(marked(told, self._recorder.marks))
         return numbers
 
 

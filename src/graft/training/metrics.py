@@ -114,12 +114,10 @@ class MetricsLog:
         path: the file.
         resume_step: the step the run continues after; None starts anew. Lines later than that (and lines that cannot
             be read) move to ``metrics.dropped.jsonl``, so the continued run writes each step once.
-        marks: what is true of every number of the run, added to each line (`graft.config.advice.marks`).
     """
 
-    def __init__(self, path: Path, *, resume_step: int | None = None, marks: Mapping[str, bool] | None = None):
+    def __init__(self, path: Path, *, resume_step: int | None = None):
         self.path = path
-        self._marks = dict(marks or {})
         self._lines = JsonLines(path)
         self.rewind(resume_step)
 
@@ -133,7 +131,7 @@ class MetricsLog:
         """
         assert "step" not in values, "the step is an argument of its own"
         assert "time" not in values, "clock readings are an argument of their own"
-        record = {"step": step, **values, **self._marks, **({"time": dict(time)} if time else {})}
+        record = {"step": step, **values, **({"time": dict(time)} if time else {})}
         return self._lines.append(record, step)
 
     def rewind(self, step: int | None) -> int:

@@ -40,15 +40,20 @@ class Recorder(Notices):
     Args:
         metrics: ``metrics.jsonl``: what two equal runs have in common (and under ``time`` what they have not).
         trackers: TensorBoard and the like.
+        marks: what is true of every number of the run (`graft.config.advice.marks`): said wherever one goes.
     """
 
     metrics: MetricsLog
     trackers: Trackers
+    marks: Mapping[str, bool]
+
+    def event(self, kind: str, step: int, details: Mapping[str, Any]) -> None:
+        super().event(kind, step, {**details, **self.marks})
 
     def line(
         self, kind: str, step: int, values: Mapping[str, Any], time: Mapping[str, Any], *, of: str | None = None
     ) -> dict[str, Any]:
-        """Writes a metric line and returns its numbers.
+        """Writes a metric line and returns its numbers, marked. Trackers get numbers under marked names.
 
         Args:
             kind: ``train``, ``eval`` or ``usage``.
@@ -58,8 +63,8 @@ class Recorder(Notices):
             of: what it describes, where there are several lines of a kind for one step.
         """
         named = {"kind": kind} if of is None else {"kind": kind, "of": of}
-        self.metrics.write(step, {**named, **values}, time=time)
+        self.metrics.write(step, {**named, **values, **self.marks}, time=time)
         numbers = {**values, **{f"time/{name}": value for name, value in time.items()}}
-        prefix = "/".join(named.values())
+        prefix = "/".join((*self.marks, *named.values()))
         self.trackers.log(step, {f"{prefix}/{k}": float(v) for k, v in numbers.items() if isinstance(v, int | float)})
-        return {**values, "time": time}
+        return {**values, **self.marks, "time": time}

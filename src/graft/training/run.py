@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from graft.config.advice import marks
 from graft.config.experiment import Experiment
 from graft.data.batch import Batch
 from graft.faults import fault_active, fault_point
@@ -48,7 +49,7 @@ class Run:
         usage: what the model chose, counted.
         guard: what went wrong so far.
         best_loss: lowest held-out loss so far, in nats per target; None before the first evaluation.
-        last_evaluation: step and numbers of the newest evaluation.
+        last_evaluation: step and numbers of the newest evaluation, with the run's `marks`.
         loader: where the next micro-batches come from, with its exact position.
     """
 
@@ -88,6 +89,11 @@ class Run:
     def max_steps(self) -> int:
         """The step the run ends at."""
         return self.experiment.max_steps
+
+    @property
+    def marks(self) -> dict[str, bool]:
+        """What is true of every number of the run (`graft.config.advice.marks`)."""
+        return marks(self.experiment.model)
 
     def next_microbatches(self) -> list[Batch]:
         """The next step's micro-batches, on the device."""
@@ -146,7 +152,7 @@ class Run:
 
     def note_evaluation(self, numbers: Mapping[str, float | None]) -> None:
         """Remembers an evaluation made at this step, and whether it was the best."""
-        self.last_evaluation = (self.step, dict(numbers))
+        self.last_evaluation = (self.step, {**numbers, **self.marks})
         loss = numbers["loss"]
         if loss is not None and (self.best_loss is None or loss < self.best_loss):
             self.best_loss = loss

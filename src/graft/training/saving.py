@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.config.advice import marks
 from graft.config.identity import semantic_hash
 from graft.errors import DivergedError, ResourceError
 from graft.training.checkpoint import CheckpointStore, Loaded, SaveFailed
@@ -41,7 +40,7 @@ def checkpoint_metadata(run: Run) -> dict[str, Any]:
     """What a checkpoint's manifest says about the run."""
     return {
         **machine(),
-        **marks(run.experiment),
+        **run.marks,
         "config_hash": semantic_hash(run.experiment),
         "data_fingerprint": run.prepared.fingerprint,
         "device": run.device.type,

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from graft.config.advice import marks
 from graft.config.experiment import Experiment
 from graft.config.identity import resolved_yaml, run_id
 from graft.data.loader import TrainLoader
@@ -140,7 +139,7 @@ class Session:
             restore_run(run, loaded, self.notices, allow_data_change=self.options.allow_data_change)
             self._go_on_from(loaded)
         self._write_files(run, runtime)
-        with self._recording() as recorder:
+        with self._recording(run) as recorder:
             self._fit(run, recorder)
         return run
 
@@ -179,13 +178,13 @@ class Session:
         )
 
     @contextmanager
-    def _recording(self) -> Iterator[Recorder]:
+    def _recording(self, run: Run) -> Iterator[Recorder]:
         """Opens the logs at the step the run continues after."""
         notices = self.notices
         trackers = open_trackers(self.experiment, self.directory.path, lambda text: notices.warn(self._step, text))
-        metrics = MetricsLog(self.directory.metrics, resume_step=self._step or None, marks=marks(self.experiment))
+        metrics = MetricsLog(self.directory.metrics, resume_step=self._step or None)
         try:
-            yield Recorder(notices.events, notices.console, metrics, trackers)
+            yield Recorder(notices.events, notices.console, metrics, trackers, run.marks)
         finally:
             trackers.close()
             metrics.close()
