@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,25 @@ from graft.contracts.subject import Subject
 from graft.objectives.causal_lm_config import CausalLMConfig
 
 FOLDERS = {family: package.split(".")[-1] for family, package in PACKAGES.items()}
+
+
+def mixers_for_encoders() -> list[str]:
+    """Token mixers whose preset can be an encoder."""
+    parts = {
+        tag: experiment(PRESETS / "token_mixers" / f"{tag}.yaml").model.layers() for tag in variants("token_mixer")
+    }
+    return [
+        tag
+        for tag, layers in parts.items()
+        if all(getattr(part, "supports_bidirectional", True) for layer in layers for part in layer)
+    ]
+
+
+@cache
+def encoder(mixer: str) -> Subject:
+    """A token mixer's preset as an encoder."""
+    shown = subject(PRESETS / "token_mixers" / f"{mixer}.yaml")
+    return Subject(shown.config.replace(bidirectional=True), shown.objective)
 
 
 @pytest.mark.parametrize("family", sorted(PACKAGES))
@@ -32,6 +52,21 @@ def test_contract(contract: Callable[[Subject], None], path: Path) -> None:
     shown = subject(path)
     if contract in contracts_for(shown):
         contract(shown)
+
+
+@pytest.mark.parametrize("mixer", mixers_for_encoders())
+@pytest.mark.parametrize("contract", sorted({*BIDIRECTIONAL, *ALWAYS}, key=lambda c: c.__name__))
+def test_contract_of_encoders(contract: Callable[[Subject], None], mixer: str) -> None:
+    contract(encoder(mixer))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("compiling")
+@pytest.mark.parametrize("mixer", mixers_for_encoders())
+@pytest.mark.parametrize("contract", SLOW, ids=lambda c: c.__name__)
+def test_slow_contract_of_encoders(contract: Callable[[Subject], None], mixer: str) -> None:
+    contract(encoder(mixer))
 
 
 @pytest.mark.slow

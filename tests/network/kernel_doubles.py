@@ -43,6 +43,9 @@ NAMES = {
     "attention": "flex",
 }
 
+DIRECTIONS = [*((tag, False) for tag in PARTS), *((tag, True) for tag in ("gla", "gated_deltanet", "attention"))]
+"""Kinds of parts, in a decoder and (True) in an encoder, that have a kernel."""
+
 
 def config(*tags: str) -> ModelConfig:
     blocks = {tag: [PARTS[tag], {"type": "mlp", "intermediate_size": 24}] for tag in tags}

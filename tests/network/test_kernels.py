@@ -15,7 +15,7 @@ from typing import Any
 import kernel_doubles
 import pytest
 import torch
-from kernel_doubles import NAMES, PARTS, config, packed
+from kernel_doubles import DIRECTIONS, NAMES, PARTS, config, packed
 from torch import Tensor
 
 from graft.api import train
@@ -32,8 +32,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without to
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def model(*tags: str) -> Model:
-    built = build_model(config(*tags), 31, seed=0)
+def model(*tags: str, bidirectional: bool = False) -> Model:
+    built = build_model(config(*tags).replace(bidirectional=bidirectional), 31, seed=0)
     loud(built, 0)
     return built
 
@@ -59,9 +59,12 @@ def outcome(built: Model, segments: Tensor | None, *, gradients: bool) -> tuple[
 
 @pytest.mark.usefixtures("doubles")
 @pytest.mark.parametrize("segments", [None, packed(12)], ids=["one document", "packed"])
-@pytest.mark.parametrize("tag", PARTS)
-def test_the_numbers_are_graft_s(tag: str, segments: Tensor | None) -> None:
-    built, gradients = model(tag), tag != "attention"  # PyTorch's plain FlexAttention has no backward pass
+@pytest.mark.parametrize(("tag", "bidirectional"), DIRECTIONS)
+def test_the_numbers_are_graft_s(tag: str, bidirectional: bool, segments: Tensor | None) -> None:
+    built, gradients = (
+        model(tag, bidirectional=bidirectional),
+        tag != "attention",
+    )  # PyTorch's plain FlexAttention has no gradients
     built.set_runtime(kernels="reference")
     logits, grads = outcome(built, segments, gradients=gradients)
     assert kernel_doubles.CALLS == []
@@ -217,7 +220,7 @@ def test_what_a_kernel_cannot_do(
 @pytest.mark.usefixtures("doubles")
 @pytest.mark.parametrize("tag", ["retention", "mamba2"])
 def test_encoders_read_both_ways_by_themselves(tag: str) -> None:
-    built = build_model(config(tag).replace(bidirectional=True), 31, seed=0)
+    built = model(tag, bidirectional=True)
     with pytest.raises(ConfigError, match="an encoder reads both ways"):
         built.set_runtime(kernels=NAMES[tag])
 

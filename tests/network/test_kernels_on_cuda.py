@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from kernel_doubles import NAMES, config, packed
+from kernel_doubles import DIRECTIONS, NAMES, config, packed
 
 from graft.contracts.subject import loud
 from graft.model import Model, build_model
@@ -31,11 +31,11 @@ def outcome(built: Model, segments: torch.Tensor | None) -> dict[str, torch.Tens
 
 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["one document", "packed"])
-@pytest.mark.parametrize("tag", NAMES)
-def test_the_numbers_are_graft_s(tag: str, is_packed: bool) -> None:
+@pytest.mark.parametrize(("tag", "bidirectional"), DIRECTIONS)
+def test_the_numbers_are_graft_s(tag: str, bidirectional: bool, is_packed: bool) -> None:
     if find_spec(PACKAGES[NAMES[tag]]) is None:
         pytest.skip(f"{PACKAGES[NAMES[tag]]} is not installed")
-    built = build_model(config(tag), 31, seed=0)
+    built = build_model(config(tag).replace(bidirectional=bidirectional), 31, seed=0)
     loud(built, 0)
     built.cuda()
     segments = packed(12).cuda() if is_packed else None
