@@ -10,6 +10,7 @@ from graft.config.layers import OverrideError, selected_layers
 from graft.config.load import load_experiment_from_dict
 from graft.config.model import ModelConfig
 from graft.config.report import ConfigProblems
+from graft.token_mixers.identity_config import IdentityConfig
 
 
 def model(small: dict[str, Any], **changes: Any) -> ModelConfig:
@@ -97,6 +98,19 @@ def test_overrides_that_cannot_be(small: dict[str, Any], overrides: Any, expecte
     found = reasons(small, overrides=overrides)
     assert len(found) == 1, found
     assert found[0].startswith(expected)
+
+
+def test_a_changed_part_must_read_both_ways_in_an_encoder(
+    small: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(IdentityConfig, "supports_bidirectional", False)
+    overrides = {"1-2": {"0": {"type": "identity"}}, "3": {"0": {"type": "ode", "mixer": {"type": "identity"}}}}
+    model(small, overrides=overrides)
+    found = reasons(small, overrides=overrides, bidirectional=True)
+    assert [text.split(";")[0] for text in found] == [
+        "model.overrides: layer 1: identity cannot be bidirectional",
+        "model.overrides: layer 3: ode cannot be bidirectional",
+    ]
 
 
 def test_all_reasons_are_reported(small: dict[str, Any]) -> None:

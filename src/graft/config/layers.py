@@ -168,7 +168,7 @@ def override_problems(model: ModelConfig) -> Iterator[Problem]:
         except OverrideError as error:
             for reason in error.reasons:
                 yield Problem(("overrides", selector), reason)
-    yield from _width_problems(model, built)
+    yield from _changed_problems(model, built)
     yield from _idle_overrides(model, built)
     yield from _placement_problems(model, built)
     yield from _joint_problems(model, built)
@@ -228,12 +228,15 @@ def _place(model: ModelConfig, block: str, i: int, part: PartConfig) -> tuple[st
     return ("blocks", block, i) if part is model.blocks[block][i] else ("overrides",)
 
 
-def _width_problems(model: ModelConfig, built: list[LayerParts]) -> Iterator[Problem]:
-    """What the changed parts say about hidden_size (those of the blocks are judged by the model)."""
-    seen = {id(part) for parts in model.blocks.values() for part in parts}
-    for layer, parts in enumerate(built):
-        for part in parts:
-            if id(part) not in seen:
-                seen.add(id(part))
-                for problem in part.problems_in(model.hidden_size):
+def _changed_problems(model: ModelConfig, built: list[LayerParts]) -> Iterator[Problem]:
+    """What the changed parts cannot be in the model, and those of the blocks, judged by the model itself, were not."""
+    seen: set[int] = set()
+    for layer, (block, parts) in enumerate(zip(model.layer_blocks(), built, strict=True)):
+        for original, part in zip(model.blocks[block], parts, strict=True):
+            if part is original or id(part) in seen:
+                continue
+            seen.add(id(part))
+            told = {problem.message for problem in model.problems_of(original)}
+            for problem in model.problems_of(part):
+                if problem.message not in told:
                     yield Problem(("overrides",), f"layer {layer}: {problem.message}", problem.fix)

@@ -69,35 +69,31 @@ class ModelConfig(Config):
         for name, parts in self.blocks.items():
             if not parts:
                 yield Problem(("blocks", name), f"block '{name}' is empty", "give it at least one part")
-            if self.bidirectional:
-                yield from self._causal_only(name, parts)
-            yield from self._width_problems(name, parts)
+            yield from self._part_problems(name, parts)
         yield from self._end_problems()
         found = list(self._layout_problems())
         yield from found
         if not found:
             yield from self._override_problems()
 
-    def _width_problems(self, name: str, parts: LayerParts) -> Iterator[Problem]:
+    def _part_problems(self, name: str, parts: LayerParts) -> Iterator[Problem]:
         for i, part in enumerate(parts):
-            for problem in part.problems_in(self.hidden_size):
+            for problem in self.problems_of(part):
                 yield Problem(("blocks", name, i, *problem.path), problem.message, problem.fix)
+
+    def problems_of(self, part: PartConfig) -> Iterator[Problem]:
+        """What a part cannot be in a stream of this width and direction; paths are within the part."""
+        if self.bidirectional and isinstance(part, TokenMixerConfig) and not part.supports_bidirectional:
+            tag = getattr(part, "type", "")
+            fix = "set model.bidirectional: false, or use another token mixer"
+            yield Problem(("type",), f"{tag} cannot be bidirectional", fix)
+        yield from part.problems_in(self.hidden_size)
 
     def _end_problems(self) -> Iterator[Problem]:
         for problem in self.embedding.problems_in(self.hidden_size):
             yield Problem(("embedding", *problem.path), problem.message, problem.fix)
         for problem in self.head.problems_with(self.embedding, self.hidden_size):
             yield Problem(("head", *problem.path), problem.message, problem.fix)
-
-    def _causal_only(self, name: str, parts: LayerParts) -> Iterator[Problem]:
-        for i, part in enumerate(parts):
-            if isinstance(part, TokenMixerConfig) and not part.supports_bidirectional:
-                tag = getattr(part, "type", "")
-                yield Problem(
-                    ("blocks", name, i, "type"),
-                    f"{tag} cannot be bidirectional",
-                    "set model.bidirectional: false, or use another token mixer",
-                )
 
     def _layout_problems(self) -> Iterator[Problem]:
         if self.layout is None:
