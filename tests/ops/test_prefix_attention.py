@@ -24,27 +24,30 @@ SEGMENTS = torch.tensor([[4] * 5 + [9] + [2] * 11, [0] * 3 + [1] * 12 + [0] * 2]
 @pytest.mark.parametrize("window", [1, 2, 5, 16, 17, 30])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 0.1)])
-def test_blocks_equal_all_pairs(window, packed, dtype, tolerance, fading):
+@pytest.mark.parametrize("causal", [True, False])
+def test_blocks_equal_all_pairs(window, packed, dtype, tolerance, fading, causal):
     q, k, v, prefix = drawn(17, dtype)
     segments = SEGMENTS if packed else None
     nearness = Nearness(**{name: torch.tensor(value) for name, value in fading.items()})
     results = []
     for kernels in ("auto", "reference"):
         y = window_attention(
-            q, k, v, prefix, scale=0.5, window=window, segment_ids_BT=segments, nearness=nearness, kernels=kernels
-        )
+            q, k, v, prefix, scale=0.5, window=window, segment_ids_BT=segments, nearness=nearness, causal=causal,
+            kernels=kernels,
+        )  # fmt: skip
         y = y[SEGMENTS != 0] if packed else y
         results.append((y, *torch.autograd.grad(y.float().sin().sum(), [q, k, v, *prefix])))
     for fast, plain in zip(*results, strict=True):
         torch.testing.assert_close(fast, plain, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [1, 4, 17])
-def test_pytorchs_attention_on_the_joined_keys(window):
+def test_pytorchs_attention_on_the_joined_keys(window, causal):
     q, k, v, prefix = drawn(17)
-    y = window_attention(q, k, v, prefix, scale=0.5, window=window, segment_ids_BT=None)
+    y = window_attention(q, k, v, prefix, scale=0.5, window=window, segment_ids_BT=None, causal=causal)
     far = torch.arange(17)[:, None] - torch.arange(17)
-    seen = F.pad((far >= 0) & (far < window), (P, 0), value=True)
+    seen = F.pad((far >= (0 if causal else 1 - window)) & (far < window), (P, 0), value=True)
     joined = (torch.cat((a.expand(2, -1, -1, -1), b), 1).transpose(1, 2) for a, b in zip(prefix, (k, v), strict=True))
     wanted = F.scaled_dot_product_attention(q.transpose(1, 2), *joined, attn_mask=seen, scale=0.5).transpose(1, 2)
     torch.testing.assert_close(y, wanted, rtol=1e-10, atol=1e-12)

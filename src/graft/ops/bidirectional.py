@@ -31,6 +31,21 @@ def bidirectional_sum(
     return one_way(*tensors, ahead) + one_way(*turned, back).flip(1)
 
 
+def both_ways(x: Tensor, dim: int = 1) -> Tensor:
+    """The rows of a batch, and behind them the same rows turned round along ``dim``: twice as many.
+
+    What is done to each row is then done in both directions, in one go. Document numbers are turned like everything
+    else, so that from the right a document begins with its last token.
+    """
+    return torch.cat((x, x.flip(dim)))
+
+
+def mean_of_ways(y_BTA: Tensor) -> Tensor:
+    """What the positions of rows `both_ways` got, [2 B, T, …], averaged over the two directions: [B, T, …]."""
+    ahead, back = y_BTA.chunk(2)
+    return (ahead + back.flip(1)) / 2
+
+
 def own_values(q_BTKH: Tensor, k_BTKH: Tensor, v_BTNF: Tensor) -> Tensor:
     """``(q_t · k_t) v_t``, what a position of linear attention gives to itself: [B, T, N, F] in fp32 or wider.
 

@@ -21,16 +21,14 @@ class Nearness(NamedTuple):
         rates_H: rates ≥ 0 at which channels of q·k fade with distance; None = none does.
         first_query: index of query 0 among the keys.
         copies: the keys are so many stretches of equal indices, one after the other.
+        causal: no query sees a key after it, so that what distance does to such a pair need not be known.
     """
 
     slopes_N: Tensor | None = None
     rates_H: Tensor | None = None
     first_query: int = 0
     copies: int = 1
-
-    def moved(self, first_query: int) -> Nearness:
-        """With another place for query 0."""
-        return self._replace(first_query=first_query)
+    causal: bool = True
 
 
 ANYWHERE = Nearness()
@@ -70,7 +68,7 @@ def prefix_attention(
         prefix: keys and values every query sees.
         scale: factor on q·k.
         seen_BTS: bool [1 or B, T, S], which keys a query sees.
-        nearness: what distance does, causally: keys after their query must not be seen.
+        nearness: what distance does; where it is causal, keys after their query must not be seen.
         kernels: ``reference`` fades channel by channel.
 
     Returns:
@@ -107,7 +105,8 @@ def _near_products(
         return faded.to(q_BTNH.dtype), apart_TS
     folded = q_BNTH.flatten(0, 1).contiguous()
     stretches = k_BSNH.to(q_BTNH.dtype).transpose(1, 2).flatten(0, 1).chunk(nearness.copies, dim=1)
-    faded = [decayed_products(folded, k.contiguous(), rates_H, 1, nearness.first_query, 0, True) for k in stretches]
+    first, causal = nearness.first_query, nearness.causal
+    faded = [decayed_products(folded, k.contiguous(), rates_H, 1, first, 0, causal) for k in stretches]
     return torch.cat(faded, dim=-1).unflatten(0, q_BNTH.shape[:2]), apart_TS
 
 
@@ -121,29 +120,33 @@ def window_attention(
     window: int,
     segment_ids_BT: Tensor | None,
     nearness: Nearness = ANYWHERE,
+    causal: bool = True,
     kernels: Literal["auto", "reference"] = "auto",
 ) -> Tensor:
-    """Causal `prefix_attention` to the last ``window`` positions of the query's own document, itself included.
+    """`prefix_attention` to the last ``window`` positions of the query's own document, itself included; when not
+    causal, to the next ``window`` likewise.
 
     ``auto`` cuts the row into blocks of ``window`` queries, each of which sees keys of its own block and of the one
-    before; ``reference`` makes all pairs. Arguments as in `prefix_attention`; segment 0 is padding; None = one
-    document.
+    before (and after); ``reference`` makes all pairs. Arguments as in `prefix_attention`, where ``causal`` and the
+    window say what is seen and which query stands where; segment 0 is padding; None = one document.
     """
     B, T = q_BTNH.shape[:2]
     if kernels == "reference" or window >= T:
-        visibility = Visibility(True, window, 0, segment_ids_BT, segment_ids_BT)
+        visibility = Visibility(causal, window, 0, segment_ids_BT, segment_ids_BT)
         seen = visibility.block(0, T, 0, T, q_BTNH.device)
         assert seen is not None
+        nearness = nearness._replace(first_query=0, causal=causal)
         return prefix_attention(
-            q_BTNH, k_BTNH, v_BTNH, prefix, scale=scale, seen_BTS=seen, nearness=nearness.moved(0), kernels=kernels
+            q_BTNH, k_BTNH, v_BTNH, prefix, scale=scale, seen_BTS=seen, nearness=nearness, kernels=kernels
         )
     blocks = -(-T // window)
     extra = blocks * window - T
     q = F.pad(q_BTNH, (0, 0, 0, 0, 0, extra)).unflatten(1, (blocks, window))
     k, v = (
-        _with_block_before(F.pad(x, (0, 0, 0, 0, 0, extra)).unflatten(1, (blocks, window))) for x in (k_BTNH, v_BTNH)
+        _with_neighbours(F.pad(x, (0, 0, 0, 0, 0, extra)).unflatten(1, (blocks, window)), causal)
+        for x in (k_BTNH, v_BTNH)
     )
-    seen = _seen_in_blocks(B, T, blocks, window, segment_ids_BT, q_BTNH.device)
+    seen = _seen_in_blocks(B, T, blocks, window, segment_ids_BT, q_BTNH.device, causal)
     out = prefix_attention(
         q.flatten(0, 1),
         k.flatten(0, 1),
@@ -151,25 +154,33 @@ def window_attention(
         prefix,
         scale=scale,
         seen_BTS=seen.flatten(0, 1),
-        nearness=nearness.moved(window),
+        nearness=nearness._replace(first_query=window, causal=causal),
     )
     return out.unflatten(0, (B, blocks)).flatten(1, 2)[:, :T]
 
 
-def _with_block_before(x: Tensor) -> Tensor:
-    """[B, X, W, …] to [B, X, 2 W, …]: each block after the one before it, zeros before the first."""
-    before = torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
-    return torch.cat((before, x), dim=2)
+def _with_neighbours(x: Tensor, causal: bool) -> Tensor:
+    """[B, X, W, …] to [B, X, 2 W or 3 W, …]: each block behind the one before it and, when not causal, before the one
+    after it; zeros beyond the first and the last.
+    """
+    nothing = torch.zeros_like(x[:, :1])
+    before = torch.cat((nothing, x[:, :-1]), dim=1)
+    if causal:
+        return torch.cat((before, x), dim=2)
+    return torch.cat((before, x, torch.cat((x[:, 1:], nothing), dim=1)), dim=2)
 
 
 def _seen_in_blocks(
-    B: int, T: int, blocks: int, window: int, segment_ids_BT: Tensor | None, device: torch.device
+    B: int, T: int, blocks: int, window: int, segment_ids_BT: Tensor | None, device: torch.device, causal: bool
 ) -> Tensor:
-    """[B, X, W, 2 W] bool: which of two blocks' keys each query sees. Document 0 stands before the row and after it."""
+    """[B, X, W, 2 W or 3 W] bool: which neighbouring keys each query sees. Document 0 stands before the row and after
+    it.
+    """
     if segment_ids_BT is None:
         segment_ids_BT = torch.ones((1, 1), dtype=torch.int64, device=device).expand(B, T)
     ids = F.pad(segment_ids_BT, (0, blocks * window - T)).unflatten(1, (blocks, window))
-    band = Visibility(True, window, window).block(0, window, 0, 2 * window, device)
+    keys = _with_neighbours(ids, causal)
+    band = Visibility(causal, window, window).block(0, window, 0, keys.shape[2], device)
     assert band is not None
-    same = ids[..., None] == _with_block_before(ids)[:, :, None]
+    same = ids[..., None] == keys[:, :, None]
     return band & same & (ids != 0)[..., None]

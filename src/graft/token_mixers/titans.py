@@ -18,7 +18,9 @@ from graft.token_mixers.titans_context import MemoryAsContext
 
 
 class SlidingTitans(Titans):
-    """A form whose attention slides: to the last ``sliding_window`` positions and the persistent tokens."""
+    """A form whose attention slides: to the last ``sliding_window`` positions, itself included (in an encoder to the
+    next as well), and the persistent tokens.
+    """
 
     def slide(self, x_BTD: Tensor, ctx: Context, state: TitansState | None) -> tuple[Tensor, KVState | None]:
         """Attention's answers [B, T, N·H] and what it then keeps."""
@@ -30,7 +32,7 @@ class SlidingTitans(Titans):
         if state is None:
             y_BTNH = window_attention(
                 q, k, v, prefix, scale=self.scale, window=window, segment_ids_BT=segments_BT, nearness=nearness,
-                kernels=self.kernels,
+                causal=self.causal, kernels=self.kernels,
             )  # fmt: skip
             return y_BTNH.flatten(-2), None
         keys, near = extend(state.near, k, v, segments_BT, window=window, any_order=False)
@@ -41,7 +43,7 @@ class SlidingTitans(Titans):
         assert seen is not None
         y_BTNH = prefix_attention(
             q, keys.k_BSKH.to(q.dtype), keys.v_BSKH.to(q.dtype), prefix, scale=self.scale, seen_BTS=seen,
-            nearness=nearness.moved(keys.offset), kernels=self.kernels,
+            nearness=nearness._replace(first_query=keys.offset), kernels=self.kernels,
         )  # fmt: skip
         return y_BTNH.flatten(-2), near
 
@@ -51,11 +53,13 @@ class SlidingTitans(Titans):
         return empty_state(batch_size, self.num_heads, capacity, self.head_dim, device=device, dtype=dtype)
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Projections; the memory in its chunked form; 4·N·H per pair of a query and a key it sees. All exact."""
-        pairs = visible_pairs(seq_len, self.sliding_window, causal=True)
+        """Projections; the memory in its chunked form, in an encoder twice; 4·N·H per pair of a query and a key it
+        sees. All exact.
+        """
+        pairs = visible_pairs(seq_len, self.sliding_window, causal=self.causal)
         near = pairs / seq_len + self.num_persistent
-        outside = linear_flops(self) - linear_flops(self.memory)
-        return outside + self.memory.flops(seq_len) / seq_len + 4 * self.num_heads * self.head_dim * near
+        scans = self.num_ways * self.memory.scan_flops(seq_len) / seq_len
+        return linear_flops(self) + scans + 4 * self.num_heads * self.head_dim * near
 
 
 class MemoryAsGate(SlidingTitans):

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from graft.errors import ConfigError
 from graft.linears.joint import joint_linear
+from graft.ops.bidirectional import both_ways, mean_of_ways
 from graft.ops.documents import Documents, documents_of
-from graft.ops.neural_memory_chunk import Memory
+from graft.ops.neural_memory_chunk import Memory, Writing
 from graft.ops.outside_graphs import outside_graphs
 from graft.ops.prefix_attention import Nearness, Prefix
 from graft.ops.short_conv import ConvState
@@ -68,21 +69,27 @@ class Titans(Part):
     document in its chunked form, forward; packed rows cost more, since chunks then begin at any column and the columns
     are gone through twice.
 
-    Causal only: a memory is written in the order of reading. State: 3 copies of the memory's weights in fp32 (the
-    weights, the momentum, the chunk's beginning) whatever the length, and the attention's keys and values.
+    In an encoder, where the paper is causal only, a second memory of the same weights reads the row from the right: it
+    begins at the document's last token, from which its chunks count, and positions keep their numbers. What the two
+    say is averaged and not added, so that the learned start and a token's own surprise count once, and a norm that does
+    not rescale meets what it meets in a decoder. The attention sees both sides, and convolutions are centred.
+
+    State: 3 copies of the memory's weights in fp32 (the weights, the momentum, the chunk's beginning) whatever the
+    length, and the attention's keys and values.
 
     Args:
         config: what is computed.
         site: the surroundings.
 
     Raises:
-        ConfigError: head_dim is not given and num_heads does not divide hidden_size; or the site is an encoder.
+        ConfigError: head_dim is not given and num_heads does not divide hidden_size.
     """
 
     def __init__(self, config: TitansConfig, site: Site):
         super().__init__()
         _check(config, site)
         self.config = config
+        self.causal, self.num_ways = site.causal, 1 if site.causal else 2
         self.chunk_size, self.sliding_window = config.chunk_size, config.sliding_window
         self.num_heads, self.layer_idx = config.num_heads, site.layer_idx
         self.head_dim = config.head_dim or site.hidden_size // config.num_heads
@@ -102,7 +109,7 @@ class Titans(Part):
 
     def forward(self, x_BTD: Float[Tensor, "B T D"], ctx: Context, state: TitansState | None = None) -> PartOutput:
         """[B, T, D] to [B, T, D]; see `graft.part.Part`."""
-        assert ctx.causal, "the config refuses encoders"
+        assert self.causal or state is None, "an encoder has no state"
         documents = self._documents(x_BTD, ctx, state)
         mixed = self.mix(x_BTD, ctx, documents, state)
         if state is None:
@@ -115,14 +122,24 @@ class Titans(Part):
     def mix(self, x_BTD: Tensor, ctx: Context, documents: Documents | None, state: TitansState | None) -> Mixed:
         """What to add to the stream, and where memory and attention then stand."""
 
+    def turned(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The rows that the memory reads: in an encoder also those from right to left."""
+        return x if self.causal else both_ways(x, dim)
+
+    def heard(self, y_BTA: Tensor) -> Tensor:
+        """What the positions get from `turned` rows [B or 2 B, T, …]: [B, T, …]."""
+        return y_BTA if self.causal else mean_of_ways(y_BTA)
+
     def _documents(self, x_BTD: Tensor, ctx: Context, state: TitansState | None) -> Documents | None:
-        """The documents of the row; None when it is one, from its first token on, and the fast form may know that."""
+        """The documents of the `turned` rows; None when each is one, from its first token on, and the fast form may
+        know that.
+        """
         segments_BT = ctx.segment_ids_BT
         if state is not None:
             return documents_of(segments_BT, x_BTD.shape[1], state.segment_B, state.count_B)
         if segments_BT is None and self.kernels == "reference":
             segments_BT = torch.ones(x_BTD.shape[:2], dtype=torch.int64, device=x_BTD.device)
-        return documents_of(segments_BT, x_BTD.shape[1], None)
+        return documents_of(None if segments_BT is None else self.turned(segments_BT), x_BTD.shape[1], None)
 
     def read_memory(
         self, x_BTD: Tensor, ctx: Context, documents: Documents | None, state: TitansState | None
@@ -130,9 +147,10 @@ class Titans(Part):
         """The memory's normed answers [B, T, N·H] when it reads and writes x, and where it then stands."""
         conv = None if state is None else state.conv
         writing, conv = self.memory.writing(x_BTD, ctx.segment_ids_BT, conv, kernels=self.kernels)
-        before = self.memory.empty(x_BTD.shape[0]) if state is None else state.memory
+        writing = Writing(*(self.turned(x, 2) for x in writing))
+        before = self.memory.empty(len(writing.k_BNCH)) if state is None else state.memory
         read_BTA, memory = outside_graphs(self.memory.read)(writing, before, documents, kernels=self.kernels)
-        return self.memory_norm(read_BTA.to(x_BTD.dtype)), memory, conv
+        return self.memory_norm(self.heard(read_BTA).to(x_BTD.dtype)), memory, conv
 
     def heads(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         """The attention's queries and keys, with norm and position, and values: each [B, T, N, H]."""
@@ -170,16 +188,9 @@ class Titans(Part):
 
 
 def _check(config: TitansConfig, site: Site) -> None:
-    where = f"layer {site.layer_idx}: titans"
-    if not site.causal:
-        raise ConfigError(
-            "a neural memory is written in the order of reading",
-            where=f"{where}.neural_memory",
-            fix="set model.bidirectional: false, or neural_memory: false",
-        )
     if config.head_dim is None and site.hidden_size % config.num_heads:
         raise ConfigError(
             f"num_heads {config.num_heads} does not divide hidden_size {site.hidden_size}",
-            where=f"{where}.head_dim",
+            where=f"layer {site.layer_idx}: titans.head_dim",
             fix="set head_dim, or another number of heads",
         )

@@ -25,11 +25,14 @@ class TitansConfig(TokenMixerConfig):
         "memory as context of segment-wise attention, as gate of sliding attention, or as a layer before it",
         only_if=WITH_MEMORY,
     )
-    neural_memory: bool = knob(True, "false: attention alone, which may then be bidirectional")
+    neural_memory: bool = knob(True, "false: attention alone")
     num_heads: int = knob(doc="heads of the attention and of the memory (N)", ge=1)
     head_dim: int | None = knob(None, "channels per head (H); null = hidden_size / num_heads", ge=1)
     sliding_window: int | None = knob(
-        None, "keys a query sees, itself included: required by mag and mal, none in mac (its reach is chunk_size)", ge=1
+        None,
+        "keys a query sees, itself included, in an encoder on either side: required by mag and mal, none in mac (its "
+        "reach is chunk_size)",
+        ge=1,
     )
     position: Position = knob(doc="how positions enter the attention; with a memory {type: rope | alibi | none}")
     qk_norm: Norm | None = knob(None, "norm on the attention's q and k per head, before positions; null = none")
@@ -38,8 +41,8 @@ class TitansConfig(TokenMixerConfig):
     )
     chunk_size: int = knob(
         64,
-        "tokens whose surprise is measured against the same memory (C), counted from the document's first; in mac also "
-        "the attention's segment",
+        "tokens whose surprise is measured against the same memory (C), counted from the document's first (read from "
+        "the right: its last); in mac also the attention's segment",
         ge=1,
         only_if=WITH_MEMORY,
     )
@@ -61,15 +64,10 @@ class TitansConfig(TokenMixerConfig):
     )
     conv_size: int | None = knob(
         None,
-        "taps of causal convolutions on the memory's q, k and v (the paper's option); null = none",
+        "taps of convolutions on the memory's q, k and v (the paper's option), centred in an encoder; null = none",
         ge=2,
         only_if=WITH_MEMORY,
     )
-
-    @property
-    def supports_bidirectional(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Attention alone reads both ways; a memory is written in the order of reading."""
-        return not self.neural_memory
 
     def problems(self) -> Iterator[Problem]:
         if self.position.acts_in == "embedding":

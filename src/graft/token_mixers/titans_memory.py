@@ -17,7 +17,7 @@ from graft.ops.neural_memory import scan, width_of
 from graft.ops.neural_memory_chunk import Bases, Memory, Weights, Writing
 from graft.ops.prefix_attention import Prefix
 from graft.ops.short_conv import ConvState
-from graft.part import Site, linear_flops
+from graft.part import Site
 from graft.token_mixers.short_conv import ShortConv
 from graft.token_mixers.titans_config import TitansConfig
 
@@ -77,7 +77,7 @@ class NeuralMemory(nn.Module):
         self.v_proj = site.make_linear(D, size, role="titans")
         self.gate_proj = site.make_linear(D, 3 * N, role="titans")
         self.gate_bias = nn.Parameter(torch.empty(3, N))
-        self.conv = ShortConv(3 * size, config.conv_size) if config.conv_size else None
+        self.conv = ShortConv(3 * size, config.conv_size, causal=site.causal) if config.conv_size else None
         self.layers = [f"layer_{i}" for i in range(1, len(self.sizes))]
         for name, (rows, columns) in zip(self.layers, pairwise(self.sizes), strict=True):
             self.register_parameter(name, nn.Parameter(torch.empty(N, rows, columns)))
@@ -163,8 +163,10 @@ class NeuralMemory(nn.Module):
         )
         return y_BNTH.transpose(1, 2).flatten(-2), memory
 
-    def flops(self, seq_len: int) -> float:
-        """Forward FLOPs of one document of ``seq_len`` positions, in the chunked form: exact."""
+    def scan_flops(self, seq_len: int) -> int:
+        """Forward FLOPs of reading one document of ``seq_len`` positions once, in the chunked form and without the
+        projections: exact.
+        """
         pairs = list(pairwise(self.sizes))
         weights, ends = sum(i * o for i, o in pairs), sum(i + o for i, o in pairs)
         back = sum(i * o for i, o in pairs[1:])
@@ -174,4 +176,4 @@ class NeuralMemory(nn.Module):
             surprise = 2 * c * (weights + back)
             read = 4 * c * weights + 2 * c * c * ends
             total += surprise + 2 * c**3 + read + 4 * c * weights  # the last: weights and momentum after the chunk
-        return float(self.num_heads * total + linear_flops(self) * seq_len)
+        return self.num_heads * total
