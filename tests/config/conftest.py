@@ -98,4 +98,3 @@ def registry_restored() -> Iterator[None]:
     for family, members in before.items():
         registry._variants[family].clear()
         registry._variants[family].update(members)
-    registry.rebuild_schemas()

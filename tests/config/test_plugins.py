@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from graft.config.base import knob
 from graft.config.experiment import Experiment
 from graft.config.families import ChannelMixerConfig, NormConfig
 from graft.config.load import load_experiment, load_experiment_from_dict
-from graft.config.registry import register, variants
+from graft.config.registry import PACKAGES, register, variants
 from graft.config.report import ConfigProblems
 from graft.errors import ConfigError
 
@@ -117,6 +118,30 @@ def test_the_restored_registry_knows_no_plugin(small: dict[str, Any]) -> None:
     small["model"]["norm"] = {"type": "own_scale"}
     with pytest.raises(ConfigProblems, match="'own_scale' is no known type"):
         load_experiment_from_dict(small)
+
+
+def test_a_builtin_variant_is_found_by_the_name_of_its_file() -> None:
+    """`variant` imports ``<tag>_config`` and nothing else, so the two names must agree."""
+    for family, package in PACKAGES.items():
+        for tag, cls in variants(family).items():
+            assert cls.__module__ == f"{package}.{tag}_config"
+
+
+def test_reading_a_config_imports_only_the_variants_it_uses(write: Write, small_yaml: str) -> None:
+    write("small.yaml", small_yaml)
+    code = "import sys; from graft.config.load import load_experiment as load; load('small.yaml'); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.rpartition(".")[2] for name in done.stdout.split() if name.endswith("_config")}
+    used = {"rms_norm", "attention", "rope", "mlp", "causal_lm", "embedded", "bytes", "adamw", "cosine"}
+    assert {f"{tag}_config" for tag in used} <= loaded
+    assert not loaded & {"mamba2_config", "moe_config", "muon_config", "dyt_config", "jsonl_config", "wsd_config"}
+
+
+def test_a_plugin_cannot_take_the_tag_of_a_builtin_variant_that_nothing_imported_yet(write: Write) -> None:
+    write("own_parts.py", PLUGIN.replace('["own_scale"] = knob("own_scale"', '["dyt"] = knob("dyt"'))
+    code = "from graft.config.registry import load_plugins as load; load(('own_parts',))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert "the type 'dyt' of family 'norm' is defined twice" in done.stderr
 
 
 @pytest.mark.usefixtures("registry_restored")

@@ -14,7 +14,6 @@ from graft.config.base import Config, knob
 from graft.config.documents import read_document
 from graft.config.families import ChannelMixerConfig
 from graft.config.includes import preset_folders
-from graft.config.registry import rebuild_schemas
 from graft.config.schema import config_schema
 
 PRESETS = sorted(path for folder in preset_folders()[:1] for path in folder.rglob("*.yaml"))
@@ -106,7 +105,6 @@ def test_conditions_are_in_the_description_and_equal_class_names_are_kept_apart(
         inner: Config | None = knob(None, "something")
         width: int = knob(3, "a width", only_if={"residual_dropout": (0.1, 0.2)})
 
-    rebuild_schemas()
     definitions = config_schema()["$defs"]
     (mine,) = (
         d

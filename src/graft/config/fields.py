@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from graft.config.base import Config
 from graft.config.families import PartConfig, VariantConfig
-from graft.config.registry import variants
+from graft.config.registry import variant, variants
 from graft.config.tree import Path, entry
 
 
@@ -44,7 +44,7 @@ def config_class(annotation: Any, data: Any) -> type[Config] | None:
             continue
         family = family_name(cls)
         if family is not None:
-            return variants(family).get(tag) if isinstance(tag, str) else None
+            return variant(family, tag)
         if tag_of(cls) in (None, tag):
             return cls
     return None

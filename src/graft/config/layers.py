@@ -20,7 +20,7 @@ from graft.config.explain import explain
 from graft.config.families import PartConfig
 from graft.config.fields import tag_of
 from graft.config.placement import chosen_layers, placement_problem
-from graft.config.registry import variants
+from graft.config.registry import variant, variants
 from graft.config.tree import dotted
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _set_path(data: dict[str, Any], path: list[str], value: Any) -> None:
 
 def _changed(part: PartConfig, changes: dict[str, Any]) -> PartConfig:
     tag = changes.get("type", tag_of(type(part)))
-    cls = variants("part").get(tag) if isinstance(tag, str) else None
+    cls = cast(type[PartConfig] | None, variant("part", tag))
     if cls is None:
         raise OverrideError([f"type: '{tag}' is no known type; one of {', '.join(variants('part'))}"])
     kept = part.model_dump(exclude_unset=True) if cls is type(part) else {}
@@ -80,7 +80,7 @@ def _changed(part: PartConfig, changes: dict[str, Any]) -> PartConfig:
     for path, value in changes.items():
         _set_path(data, path.split("."), value)
     try:
-        return cast(PartConfig, cls.model_validate(data))
+        return cls.model_validate(data)
     except ValidationError as error:
         found = explain(error, cls, data)
         reasons = [f"{dotted(i.path)}: {i.problem}" + (f"; {i.fix}" if i.fix else "") for i in found]

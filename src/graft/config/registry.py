@@ -8,11 +8,12 @@ their implementation ``graft/<package>/<variant>.py``; a config names it in ``im
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from pydantic_core import core_schema
+from pydantic_core import SchemaValidator, core_schema
 
 from graft.errors import ConfigError
 
@@ -39,6 +40,9 @@ PACKAGES: dict[str, str] = {
 
 UNIONS: dict[str, tuple[str, ...]] = {"part": ("token_mixer", "channel_mixer", "memory")}
 """Families that are made of others: everything that may join the residual stream is a part."""
+
+FAMILY_KEYWORD = "graft-family"
+"""In pydantic's JSON Schema, the table ``{"graft-family": name}`` stands for any variant of a family."""
 
 _variants: dict[str, dict[str, type[Config]]] = {family: {} for family in PACKAGES}
 
@@ -78,6 +82,19 @@ def variants(family: str) -> dict[str, type[Config]]:
     return dict(sorted(merged.items()))
 
 
+def variant(family: str, tag: object) -> type[Config] | None:
+    """The config class with this tag in a family (or union of families), or None. Imports no other built-in variant."""
+    if not isinstance(tag, str):
+        return None
+    for member in UNIONS.get(family, (family,)):
+        module = f"{PACKAGES[member]}.{tag}_config"
+        if tag not in _variants[member] and tag.isidentifier() and importlib.util.find_spec(module) is not None:
+            importlib.import_module(module)
+        if tag in _variants[member]:
+            return _variants[member][tag]
+    return None
+
+
 def family_of(cls: type[Config]) -> str:
     """The family a variant's config class is registered in."""
     return next(f for f, members in _variants.items() if cls in members.values())
@@ -89,7 +106,8 @@ def load_plugins(names: tuple[str, ...]) -> None:
     Raises:
         ConfigError: a module cannot be imported, or fails while it is.
     """
-    before = {family: dict(members) for family, members in _variants.items()}
+    if names:
+        discover()  # so that a tag of a built-in variant is refused
     for name in names:
         try:
             importlib.import_module(name)
@@ -99,40 +117,38 @@ def load_plugins(names: tuple[str, ...]) -> None:
                 where="plugins",
                 fix="check the module's name and that it is on PYTHONPATH",
             ) from error
-    if before != _variants:
-        rebuild_schemas()
-
-
-def rebuild_schemas() -> None:
-    """Rebuilds every config class's validator, so that fields see variants registered after their first use."""
-    from graft.config.base import Config
-
-    pending = [Config]
-    classes: list[type[Config]] = []
-    while pending:
-        cls = pending.pop()
-        classes.append(cls)
-        pending.extend(cls.__subclasses__())
-    for cls in classes:  # first forget every schema, so that no parent is rebuilt on a child's old one
-        for attribute in ("__pydantic_core_schema__", "__pydantic_validator__", "__pydantic_serializer__"):
-            if attribute in cls.__dict__:
-                delattr(cls, attribute)
-        cls.__pydantic_complete__ = False
-    for cls in classes:
-        cls.model_rebuild(force=True)
 
 
 class Family:
-    """Annotation of a config field that holds any variant of a family, chosen by its ``type`` tag."""
+    """Annotation of a config field that holds any variant of a family, chosen by its ``type`` tag.
+
+    The variant is looked up when a value is validated, not when the field is defined: only the variants a config uses
+    are imported and get a validator, and a plug-in's variants are seen wherever their family is.
+    """
 
     def __init__(self, name: str):
         self.name = name
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        choices = {tag: handler.generate_schema(cls) for tag, cls in variants(self.name).items()}
-        if not choices:
-            return handler(source)
-        return core_schema.tagged_union_schema(choices, discriminator="type")
+        return core_schema.with_info_plain_validator_function(self._decode)
+
+    def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: object) -> dict[str, Any]:
+        return {FAMILY_KEYWORD: self.name}
+
+    def _decode(self, value: Any, info: core_schema.ValidationInfo) -> Config:
+        tag = cast(dict[str, Any], value).get("type") if isinstance(value, dict) else getattr(value, "type", None)
+        cls = variant(self.name, tag)
+        # without one, the union of all says what is wrong
+        union = {str(tag): cls} if cls is not None else variants(self.name)
+        schema = core_schema.tagged_union_schema({tag: _decoder(cls) for tag, cls in union.items()}, "type")
+        return SchemaValidator(schema).validate_python(value, context=info.context)
+
+
+def _decoder(cls: type[Config]) -> core_schema.CoreSchema:
+    def decode(value: Any, info: core_schema.ValidationInfo) -> Config:
+        return cls.model_validate(value, context=info.context)
+
+    return core_schema.with_info_plain_validator_function(decode)
 
 
 def resolve(path: str) -> Any:

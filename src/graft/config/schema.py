@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
+from pydantic.json_schema import models_json_schema
+
 from graft.config.base import Config, OnlyIf
 from graft.config.experiment import Experiment
+from graft.config.registry import FAMILY_KEYWORD, PACKAGES, UNIONS, variants
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _DEFS = "#/$defs/"
@@ -23,10 +26,18 @@ def config_schema() -> dict[str, Any]:
 
     A file with ``base`` may leave out anything, so every definition is there twice: in full, and as ``partial.…``.
     """
-    schema = Experiment.model_json_schema(ref_template=_DEFS + "{model}")
-    definitions = cast(dict[str, Any], schema.pop("$defs"))
-    definitions["Experiment"] = schema
-    full = {name: _map_tables(definition, _tidy) for name, definition in definitions.items()}
+    families = {family: list(variants(family).values()) for family in (*PACKAGES, *UNIONS)}
+    classes = dict.fromkeys((Experiment, *(cls for members in families.values() for cls in members)))
+    references, schema = models_json_schema([(cls, "validation") for cls in classes], ref_template=_DEFS + "{model}")
+
+    def tidy(table: dict[str, Any]) -> dict[str, Any]:
+        # the keyword discriminator is not JSON Schema's: the tag's ``const`` says the same
+        dropped = (FAMILY_KEYWORD, "discriminator") if "oneOf" in table else (FAMILY_KEYWORD,)
+        rest = {key: item for key, item in table.items() if key not in dropped}
+        members = families.get(table.get(FAMILY_KEYWORD, ""), ())
+        return {"oneOf": [references[cls, "validation"] for cls in members], **rest} if members else rest
+
+    full = {name: _map_tables(definition, tidy) for name, definition in schema["$defs"].items()}
     partial = {_PARTIAL + name: _map_tables(definition, _loosen) for name, definition in full.items()}
     base = {"type": "string", "description": "config to start from: a path from this file, or presets/…"}
     partial[_PARTIAL + "Experiment"]["properties"]["base"] = base
@@ -70,11 +81,6 @@ def _map_tables(value: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) 
     if not isinstance(value, dict):
         return value
     return change({key: _map_tables(item, change) for key, item in cast(dict[str, Any], value).items()})
-
-
-def _tidy(table: dict[str, Any]) -> dict[str, Any]:
-    """Without the keywords that are not JSON Schema's: the tag's ``const`` says the same as a discriminator."""
-    return {key: item for key, item in table.items() if not (key == "discriminator" and "oneOf" in table)}
 
 
 def _loosen(table: dict[str, Any]) -> dict[str, Any]:
