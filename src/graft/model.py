@@ -63,7 +63,8 @@ class Model(nn.Module):
         self.execution = Execution()
         num_rows = padded_rows(vocab_size, config.head.pad_vocab_to_multiple_of)
         layers, shared = config.branches(), SharedModules()
-        num_branches = config.loops * sum(len(parts) for parts in layers)
+        heard = sum(not part.silent_at_start() for parts in layers for part in parts.values())
+        num_branches = config.loops * max(1, heard)
         self.embedding = TokenEmbedding(config, num_rows)
         self.layers = nn.ModuleList(
             Block(parts, config, _site(config, vocab_size, layer_idx, num_branches, shared))

@@ -60,7 +60,8 @@ class Site:
         hidden_size: width of the residual stream (D).
         layer_idx: physical layer, from 0.
         num_layers: physical layers.
-        num_branches: residual branches in the whole network (loops counted), for depth-scaled initialisation.
+        num_branches: residual branches in the whole network that add something at the start (loops counted), for
+            depth-scaled initialisation.
         causal: False in an encoder.
         norm: the model's norm, for parts that norm something inside.
         linear: the model's kind of linear map.

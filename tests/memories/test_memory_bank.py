@@ -188,11 +188,12 @@ STARTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("init", [{}, {"residual": "depth"}], ids=["plain", "depth"])
 @pytest.mark.parametrize("name", STARTS)
-def test_the_start_is_that_of_a_model_without_memory_bit_for_bit(name: str) -> None:
+def test_the_start_is_that_of_a_model_without_memory_bit_for_bit(name: str, init: dict[str, Any]) -> None:
     ids = torch.randint(19, (2, 9))
-    without = build_model(model_config({**STARTS[name], "layers": "none"}), 19, seed=3)
-    model = build_model(model_config(STARTS[name]), 19, seed=3)
+    without = build_model(model_config({**STARTS[name], "layers": "none"}, init=init), 19, seed=3)
+    model = build_model(model_config(STARTS[name], init=init), 19, seed=3)
     assert torch.equal(model(ids), without(ids))
     shared = dict(without.named_parameters())
     assert all(torch.equal(p, shared[name]) for name, p in model.named_parameters() if name in shared)

@@ -49,6 +49,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_slots": 4, "gate": "scalar"}, "give each other no gradient"),
     ({"num_slots": 4, "quantization": {"group_size": 3}}, "groups of 3 do not divide 8 channels"),
     ({"num_slots": 4, "memory_dim": 5, "quantization": {"bits": 4}}, "even width, not 5"),
+    ({"num_slots": 4, "bank": "mine", "sharing": "per_layer"}, "bank does nothing here"),
     ({"num_slots": 4, "bank": "My.Bank"}, "'My.Bank' is not allowed"),
 ]
 

@@ -133,9 +133,10 @@ def test_at_the_start_the_convolution_is_silent() -> None:
     torch.testing.assert_close(y, part_without(x, context(ids)).y, rtol=1e-6, atol=1e-9)
 
 
-def test_values_at_zero_make_it_a_no_op_that_can_learn() -> None:
+@pytest.mark.parametrize("residual", ["none", "depth"])
+def test_values_at_zero_make_it_a_no_op_that_can_learn(residual: str) -> None:
     with_memory, without = (
-        build_model(subject(*parts).config, VOCAB, seed=0)
+        build_model(subject(*parts, init={"residual": residual}).config, VOCAB, seed=0)
         for parts in (({**MEMORY, "zero_init_output": True}, ATTENTION), (ATTENTION,))
     )
     ids = torch.randint(VOCAB, (2, 9))

@@ -103,6 +103,12 @@ class PartConfig(VariantConfig):
         """Whether a position reads later ones where it must not: every loss of such a decoder is too good."""
         return False
 
+    def silent_at_start(self) -> bool:
+        """Whether the branch adds exactly nothing at first. Depth-scaled starts do not count such branches, so that the
+        model starts as one without them.
+        """
+        return False
+
     def shares(self) -> Mapping[str, tuple[Any, ...]]:
         """What the model owns once for all parts that name it alike: name -> all that defines it. Default: nothing."""
         return {}

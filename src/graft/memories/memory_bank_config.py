@@ -30,6 +30,7 @@ class MemoryBankConfig(MemoryConfig):
         "bank",
         "name of the bank: parts with one name read one bank (lower-case letters, digits, _)",
         pattern=r"^[a-z][a-z0-9_]*$",
+        only_if={"sharing": ("shared", "every_k")},
     )
     sharing: Literal["shared", "per_layer", "every_k"] = knob(
         "shared", "one bank for all layers that read it; one each; or one for every sharing_k of those layers in a row"
@@ -58,7 +59,9 @@ class MemoryBankConfig(MemoryConfig):
         None, "rank of the maps to queries, keys, values and out; null = full matrices of the model's kind", ge=1
     )
     zero_init_output: bool = knob(
-        True, "the output starts at zero: the model starts as one without memory, bit for bit"
+        True,
+        "the output starts at zero: the model starts as one without memory, bit for bit (with norm_placement post, which "
+        "norms the stream once more, but for that)",
     )
     gate: Literal["none", "scalar", "sigmoid"] = knob(
         "none",
@@ -195,6 +198,9 @@ class MemoryBankConfig(MemoryConfig):
 
     def leaks_future(self, bidirectional: bool) -> bool:
         return self.num_chapters is not None and self.routing == "sequence" and not bidirectional
+
+    def silent_at_start(self) -> bool:
+        return self.zero_init_output or self.gate == "scalar"
 
     def advice_in(self, hidden_size: int) -> Iterator[Problem]:
         if self.num_chapters is not None and self.top_k_chapters == 1:

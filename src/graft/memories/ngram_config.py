@@ -47,6 +47,9 @@ class NgramConfig(MemoryConfig):
         "(false as published, where only the convolution starts at zero)",
     )
 
+    def silent_at_start(self) -> bool:
+        return self.zero_init_output
+
     def problems(self) -> Iterator[Problem]:
         if self.orders and (self.orders[0] < 1 or any(b <= a for a, b in pairwise(self.orders))):
             yield Problem(("orders",), f"{list(self.orders)} are no rising lengths of n-grams", "for example [2, 3]")
