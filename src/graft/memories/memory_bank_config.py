@@ -60,8 +60,8 @@ class MemoryBankConfig(MemoryConfig):
     )
     zero_init_output: bool = knob(
         True,
-        "the output starts at zero: the model starts as one without memory, bit for bit (with norm_placement post, which "
-        "norms the stream once more, but for that)",
+        "the output starts at zero: the model starts as one without memory, bit for bit (but for norm_placement post, "
+        "which norms the stream once more)",
     )
     gate: Literal["none", "scalar", "sigmoid"] = knob(
         "none",
