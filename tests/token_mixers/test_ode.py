@@ -71,16 +71,19 @@ def loss_and_gradients(network: Model, ids: Tensor) -> tuple[Tensor, list[Tensor
     return logits, [p.grad for p in network.parameters()]
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("placement", ["pre", "sandwich"])
-def test_one_euler_step_is_the_plain_branch_bit_for_bit(dtype, placement):
+def test_one_euler_step_is_the_plain_branch_bit_for_bit(dtype, placement, autocast):
     options = {"norm_placement": placement, "residual_scale": 0.7, "norm": {"type": "rms_norm", "eps": 0.1}}
+    options["layer_scale"] = 0.3
     plain = model([{**ATTENTION, **options}, MLP], dtype)
     wrapped = model([{"type": "ode", "mixer": ATTENTION, "solver": "euler", **options}, MLP], dtype)
     names = {"attention.norm": "ode.part.field.0.norm", "attention.part": "ode.part.field.0.part"}
-    with_weights_of(wrapped, plain, {**names, "attention.output_norm": "ode.output_norm"})
+    with_weights_of(wrapped, plain, {**names, "attention.": "ode."})
     ids = torch.randint(29, (2, 9))
-    (logits, _), (wanted, _) = loss_and_gradients(wrapped, ids), loss_and_gradients(plain, ids)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        (logits, _), (wanted, _) = loss_and_gradients(wrapped, ids), loss_and_gradients(plain, ids)
     assert torch.equal(logits, wanted)
     theirs = dict(plain.named_parameters())
     for name, parameter in wrapped.named_parameters():
@@ -169,6 +172,8 @@ def test_learnable_coefficients_start_at_the_solvers():
         part.weights.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
     inner = part.field[0]
     torch.testing.assert_close(part(x, context(x)).y, inner.part(inner.norm(x), context(x)).y)
+    weights = model([{"type": "ode", "mixer": ATTENTION, "learnable_coefficients": True}]).state_dict()
+    assert weights["layers.1.ode.part.weights"].tolist() == [1 / 6, 1 / 3, 1 / 3, 1 / 6], "exact in fp64, too"
 
 
 def test_roles():

@@ -41,7 +41,7 @@ TABLEAUS: dict[str, Tableau] = {
 def increment(field: Field, z: Tensor, tableau: Tableau, steps: int, weights: Tensor | None = None) -> Tensor:
     """``z(1) − z(0)`` of ``z' = field(z, t)`` with ``z(0) = z``.
 
-    The difference is added up by itself, in fp32 at least, so that one step of Euler's method is the field exactly.
+    The difference is added up by itself, in fp32 at least. One step of Euler's method is the field exactly.
 
     Args:
         field: evaluated ``steps · len(tableau.nodes)`` times, in order of time.
@@ -51,8 +51,10 @@ def increment(field: Field, z: Tensor, tableau: Tableau, steps: int, weights: Te
         weights: [stages] in place of the method's own.
 
     Returns:
-        Shape and dtype of z.
+        Shape of z, in its dtype; one step of Euler's method in that of the field, which under autocast may be another.
     """
+    if steps == 1 and weights is None and tableau.weights == (1.0,):
+        return field(z, 0.0, 0)
     wide = torch.promote_types(z.dtype, torch.float32)
     shares: Sequence[float | Tensor] = tableau.weights if weights is None else weights.to(wide).unbind()
     h, num_stages = 1.0 / steps, len(tableau.nodes)

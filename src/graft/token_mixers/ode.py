@@ -105,7 +105,7 @@ class Ode(Part):
         """The solver's own weights, and no influence of time."""
         with torch.no_grad():
             if self.weights is not None:
-                self.weights.copy_(torch.tensor(self.tableau.weights))
+                self.weights.copy_(torch.tensor(self.tableau.weights, dtype=torch.float64))
             for vector in (self.time_start, self.time_end):
                 if vector is not None:
                     nn.init.zeros_(vector)
