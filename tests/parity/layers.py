@@ -61,10 +61,13 @@ class Layers:
             assert_close(mine, self.our_form(name, grad_of(parameter)), f"gradient of {name}", tolerance)
 
 
-def our_layer(hidden_size: int, mixer: dict[str, Any], *, kernels: Any = "auto", eps: float = 1e-2) -> Part:
+def our_layer(
+    hidden_size: int, mixer: dict[str, Any], *, kernels: Any = "auto", eps: float = 1e-2, bidirectional: bool = False
+) -> Part:
     """A part of a model of width ``hidden_size`` by itself, in fp64."""
     norm = {"type": "rms_norm", "eps": eps}
-    config = {"hidden_size": hidden_size, "num_layers": 1, "norm": norm, "blocks": {"decoder": [mixer]}}
+    config = {"hidden_size": hidden_size, "num_layers": 1, "norm": norm, "blocks": {"layer": [mixer]}}
+    config["bidirectional"] = bidirectional
     model = build_model(ModelConfig.model_validate(config), 7, seed=0, dtype=torch.float64)
     model.set_runtime(kernels=kernels)
     part = model.get_submodule(f"layers.0.{mixer['type']}.part")

@@ -42,15 +42,23 @@ def fla(name: str) -> ModuleType:
     return fla_file(f"ops/{name}/naive.py", {"fla.ops.titans.log_impl": stand_in(combine_params_log=never)})
 
 
+def both_directions(naive: Callable[..., tuple[Tensor, Any]], *tensors: Tensor) -> Tensor:
+    """What a plain form gives of [B, T, …] there, and back; what it gives of each position by itself is in both."""
+    there, back = naive(*tensors)[0], naive(*(x.flip(1) for x in tensors))[0].flip(1)
+    alone = naive(*(x.flatten(0, 1)[:, None] for x in tensors))[0].view_as(there)
+    return there + back - alone
+
+
 @cache
-def fla_gla() -> type[nn.Module]:
+def fla_gla(*, bidirectional: bool = False) -> type[nn.Module]:
     """flash-linear-attention's layer around gated linear attention, over its plain form instead of triton's kernels.
 
-    For one document without padding and without a cache.
+    For one document without padding and without a cache. ``bidirectional`` has the plain form in both directions.
     """
 
-    def recurrent(initial_state: None, cu_seqlens: None, state_v_first: bool, **tensors: Any) -> tuple[Any, Any]:
-        return fla("gla").naive_recurrent_gla(**tensors)
+    def recurrent(q: Tensor, k: Tensor, v: Tensor, gk: Tensor, **_: Any) -> tuple[Tensor, Any]:
+        naive = fla("gla").naive_recurrent_gla
+        return (both_directions(naive, q, k, v, gk), None) if bidirectional else naive(q, k, v, gk)
 
     def norm(hidden_size: int, elementwise_affine: bool, eps: float, dtype: torch.dtype) -> nn.Module:
         return nn.RMSNorm(hidden_size, eps, elementwise_affine, dtype=dtype)

@@ -20,10 +20,13 @@ def our_name(name: str) -> str:
     return f"{NAMES.get(module, module)}.{parameter}"
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
-def test_values_and_gradients(kernels: str) -> None:
+def test_values_and_gradients(kernels: str, bidirectional: bool) -> None:
     mixer = {"type": "gla", "num_heads": N, "gate_low_rank_dim": RANK, "gate_temperature": 4.0}
     sizes = {"hidden_size": D, "num_heads": N, "gate_low_rank_dim": RANK}
-    theirs = oracles.fla_gla()(**sizes, gate_logit_normalizer=4, norm_eps=EPS, fuse_norm=False).double()
-    layers = Layers(our_layer(D, mixer, kernels=kernels, eps=EPS), theirs, our_name)
+    layer = oracles.fla_gla(bidirectional=bidirectional)
+    theirs = layer(**sizes, gate_logit_normalizer=4, norm_eps=EPS, fuse_norm=False).double()
+    ours = our_layer(D, mixer, kernels=kernels, eps=EPS, bidirectional=bidirectional)
+    layers = Layers(ours, theirs, our_name)
     layers.assert_same(torch.randn(B, T, D, dtype=torch.float64), lambda x: theirs(x)[0], 1e-12)

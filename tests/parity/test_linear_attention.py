@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graft.ops.bidirectional import bidirectional_sum, own_values
 from graft.ops.decay_attention import decay_attention
 from graft.ops.decay_attention_reference import parallel_decay_attention
 from graft.ops.gated_delta_rule import gated_delta_rule
@@ -91,6 +92,41 @@ def test_gated_delta_rule(T: int, form: str, kernels: Kernels) -> None:
         lambda: gated_delta_rule(q * SCALE, k, v, g, beta, state, kernels=kernels),
         lambda: naive(q, k, v, beta=beta, g=g, initial_state=state, output_final_state=True, **more),
         (q, k, v, g, beta, state),
+    )
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("T", LENGTHS[1:])
+def test_gated_linear_attention_in_both_directions(T: int, kernels: Kernels) -> None:
+    q, k, v = qkv(T)
+    g = log_decays(B, T, N, H)
+
+    def one_way(*given: Tensor) -> Tensor:
+        return gated_linear_attention(*given[:-1], kernels=kernels)[0]
+
+    assert_same(
+        lambda: (bidirectional_sum(one_way, (q * SCALE, k, v, g)) - own_values(q * SCALE, k, v),),
+        lambda: (oracles.both_directions(oracles.fla("gla").naive_recurrent_gla, q, k, v, g),),
+        (q, k, v, g),
+    )
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("T", LENGTHS[1:])
+def test_gated_delta_rule_in_both_directions(T: int, kernels: Kernels) -> None:
+    (q, _, v), k, g = qkv(T), unit_keys(T), log_decays(B, T, N)
+    naive = oracles.fla("gated_delta_rule").naive_recurrent_gated_delta_rule
+    beta = torch.rand(B, T, N, dtype=double).requires_grad_()
+
+    def one_way(*given: Tensor) -> Tensor:
+        return gated_delta_rule(*given[:-1], kernels=kernels)[0]
+
+    assert_same(
+        lambda: (
+            bidirectional_sum(one_way, (q * SCALE, k, v, g, beta)) - beta[..., None] * own_values(q * SCALE, k, v),
+        ),
+        lambda: (oracles.both_directions(naive, q, k, v, beta, g),),
+        (q, k, v, g, beta),
     )
 
 
@@ -189,3 +225,18 @@ def test_linear_scan_is_hgrns_recurrence(T: int, kernels: Kernels) -> None:
         return oracles.fla("hgrn").naive_recurrent_hgrn(x, g, state, output_final_state=True)
 
     assert_same(ours, theirs, (x, g, state))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("T", LENGTHS[1:])
+def test_linear_scan_in_both_directions_is_hgrns(T: int, kernels: Kernels) -> None:
+    x, g = leaf(B, T, H), log_decays(B, T, H)
+
+    def one_way(g: Tensor, x: Tensor, _: None) -> Tensor:
+        return linear_scan(g.exp(), x, kernels=kernels)
+
+    assert_same(
+        lambda: (bidirectional_sum(one_way, (g, x)) - x,),
+        lambda: (oracles.both_directions(oracles.fla("hgrn").naive_recurrent_hgrn, x, g),),
+        (x, g),
+    )
