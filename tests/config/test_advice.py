@@ -52,6 +52,7 @@ def test_a_window_shorter_than_the_sequence_is_fine(small: dict[str, Any]) -> No
         (["blocks.b.0={type: ode, mixer: {type: attention, num_heads: 2, position: {type: rope}}}"], 0),
         (["blocks.b.0={type: mamba2, head_dim: 8}"], 0),
         (["blocks.b.0={type: retention, num_heads: 2}"], 0),
+        (["blocks.b.0={type: gla, num_heads: 2}"], 0),
         (["blocks.b.0.position={type: none}", "embedding.position={type: learned, max_seq_len: 8}"], 0),
         (["blocks.b.0.position={type: none}", "embedding.conv={kernel_size: 3}"], 0),
     ],
