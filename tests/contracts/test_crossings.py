@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from subjects import PRESETS, experiment
 
-from graft.config.families import TokenMixerConfig
+from graft.config.families import PartConfig, TokenMixerConfig
 from graft.config.model import ModelConfig
 from graft.contracts.sequence import (
     decoding_equals_forward,
@@ -18,6 +18,7 @@ from graft.contracts.sequence import (
     padding_does_not_matter,
 )
 from graft.contracts.subject import Subject
+from graft.contracts.training import checkpointing_changes_nothing, kernels_agree
 from graft.objectives.causal_lm_config import CausalLMConfig
 
 CHAPTERS = {"type": "memory_bank", "num_slots": 12, "num_heads": 2, "num_chapters": 4, "top_k_chapters": 2}
@@ -79,3 +80,22 @@ def test_encoders(mixer: str) -> None:
         looks_both_ways(subject)
         documents_do_not_meet(subject)
         padding_does_not_matter(subject)
+
+
+@pytest.mark.parametrize("mixer", mixers())
+def test_inside_a_differential_equation_in_a_looped_stack(mixer: str) -> None:
+    """Every evaluation of every loop has a state of its own."""
+    hidden_size, part = shown(mixer)
+    inside = part.model_dump(mode="json", exclude_unset=True, exclude=set(PartConfig.model_fields))
+    data = {
+        "hidden_size": hidden_size,
+        "num_layers": 1,
+        "loops": 2,
+        "norm": {"type": "rms_norm"},
+        "blocks": {"equation": [{"type": "ode", "solver": "heun", "branches": [inside, ROUTED["moe"]]}]},
+    }
+    subject = Subject(ModelConfig.model_validate(data), CausalLMConfig())
+    for contract in (never_looks_ahead, decoding_equals_forward, documents_do_not_meet, padding_does_not_matter):
+        contract(subject)
+    checkpointing_changes_nothing(subject)
+    kernels_agree(subject)
