@@ -28,7 +28,8 @@ SEGMENTS = torch.tensor([[4] * 5 + [9] + [2] * 11, [0] * 3 + [1] * 12 + [0] * 2]
 def test_blocks_equal_all_pairs(window, packed, dtype, tolerance, fading, causal):
     q, k, v, prefix = drawn(17, dtype)
     segments = SEGMENTS if packed else None
-    nearness = Nearness(**{name: torch.tensor(value) for name, value in fading.items()})
+    slopes, rates = (torch.tensor(fading[name]) if name in fading else None for name in ("slopes_N", "rates_H"))
+    nearness = Nearness(slopes, rates)
     results = []
     for kernels in ("auto", "reference"):
         y = window_attention(

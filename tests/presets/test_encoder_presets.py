@@ -11,10 +11,12 @@ import torch
 from graft.config.experiment import Experiment
 from graft.config.load import load_experiment
 from graft.contracts.registry import contracts_for
+from graft.contracts.sequence import documents_do_not_meet, looks_both_ways, padding_does_not_matter
 from graft.contracts.subject import Subject
 from graft.cost import price
 from graft.cost.counts import parameters_by_part
 from graft.model import Model, build_model
+from graft.token_mixers.titans_base import Titans
 
 ROOT = Path(__file__).parents[2]
 DOC = ROOT / "docs" / "encoder_presets.md"
@@ -244,6 +246,40 @@ def test_contracts_hold_at_reduced_width(name: str) -> None:
 def test_contracts_hold_at_reduced_width_of_hybrids(name: str) -> None:
     for contract in contracts_for(reduced(name)):
         contract(reduced(name))
+
+
+HYPERBOLIC = "position: {type: hope, theta: 1e4, damping: 0.01}"
+MEMORIES = {
+    "mac": f"form: mac, {HYPERBOLIC}",
+    "mag": f"form: mag, sliding_window: 3, conv_size: 3, {HYPERBOLIC}",
+    "mal": f"form: mal, sliding_window: 3, {HYPERBOLIC}",
+}
+"""What the published models called Titans attention, with the neural memory they had not."""
+
+
+def with_memory(name: str, form: str) -> Subject:
+    """A hybrid at reduced width, the memory of a form in its hyperbolic attention and inside its ODE."""
+    titans = f"{{type: titans, num_heads: 2, chunk_size: 4, neural_memory: true, {MEMORIES[form]}}}"
+    overrides = [*REDUCED[name], "model.hidden_size=16", f"model.blocks.hope.0={titans}"]
+    return Subject.of(load(name, *overrides, "model.blocks.ode.0.solver=euler", f"model.blocks.ode.0.mixer={titans}"))
+
+
+@pytest.mark.parametrize(("name", "form"), [("frankenstein", "mac"), ("mini", "mag"), ("frankenstein", "mal")])
+def test_hybrids_take_neural_memories(name: str, form: str) -> None:
+    subject = with_memory(name, form)
+    memories = [module for module in subject.model.modules() if isinstance(module, Titans)]
+    assert len(memories) == 3, "two in place of attention, one in the ODE"
+    looks_both_ways(subject)
+    documents_do_not_meet(subject)
+    padding_does_not_matter(subject)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", MEMORIES)
+def test_contracts_hold_of_hybrids_with_neural_memories(form: str) -> None:
+    subject = with_memory("frankenstein", form)
+    for contract in contracts_for(subject):
+        contract(subject)
 
 
 @pytest.mark.slow
