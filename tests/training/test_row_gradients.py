@@ -11,8 +11,8 @@ import torch
 
 from graft import api
 from graft.errors import CheckpointError, Preempted
-from graft.ops.row_gradients import rows_only
-from graft.training.gradients import gradient_values, scale_to_norm
+from graft.ops.row_gradients import mark_rows, rows_only, wants_rows
+from graft.training.gradients import ROW_BY_ROW_FROM, global_norm, gradient_values, scale_to_norm
 from graft.training.guard import Verdict, first_non_finite
 from graft.training.step import train_step
 from tiny_run import assert_same_state, assert_same_weights, bare_run, lines, random_batch
@@ -44,6 +44,51 @@ def gradients(run) -> torch.Tensor:
         terms = run.loss(batch)
         run.precision.scale(terms.main / sum(b.num_targets for b in batches)).backward()
     return run.gradient_norm()
+
+
+def test_a_tied_tables_look_up_adds_its_rows_to_the_heads_gradient(tiny):
+    steps = [[random_batch(2, 16, seed=s) for s in (1, 2)]]
+    experiment = tiny("model.head.tie_word_embeddings=true", *PEER[:2])  # without dropout
+    run, plain = bare_run(experiment, steps), bare_run(experiment, steps)
+    mark_rows(plain.model.embedding.weight, False)
+    looked_up = []
+    for each in (run, plain):
+        each.model.embedding.register_forward_hook(lambda *a: looked_up.append(wants_rows(a[0].weight)))
+    norms = [gradients(each) for each in (run, plain)]
+    assert looked_up == [True, True, False, False]
+    table, expected = run.model.embedding.weight, plain.model.embedding.weight
+    assert not table.grad.is_sparse
+    assert torch.allclose(table.grad, expected.grad, rtol=1e-5, atol=1e-8)
+    assert float(norms[0]) == pytest.approx(float(norms[1]), rel=1e-6)
+
+
+def test_a_tied_table_whose_head_is_left_alone_gets_a_dense_gradient(tiny):
+    run = bare_run(tiny("model.head.tie_word_embeddings=true"), [[random_batch(2, 16, seed=0)]])
+    ids_BT = run.next_microbatches()[0].input_ids_BT
+    run.model.features(ids_BT).x_BTD.square().sum().backward()
+    table = run.model.embedding.weight
+    assert table.grad.is_sparse, "nothing dense to add to"
+    run.gradient_norm()
+    assert not table.grad.is_sparse
+    seen = torch.zeros(len(table), dtype=torch.bool).index_fill(0, ids_BT.flatten(), True)
+    assert table.grad[seen].abs().sum() > 0
+    assert table.grad[~seen].abs().sum() == 0
+
+
+def test_an_untied_tables_gradient_is_dense_from_the_start(tiny):
+    run = bare_run(tiny("model.head.tie_word_embeddings=false"), [[random_batch(2, 16, seed=0)]])
+    assert run.tied_table is None
+    gradients(run)
+    assert not run.model.embedding.weight.grad.is_sparse
+
+
+def test_a_large_gradients_norm_is_that_of_all_its_numbers():
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(ROW_BY_ROW_FROM // 64, 64, generator=generator), torch.randn(7, generator=generator)]
+    whole = torch.cat([v.flatten() for v in values]).double().norm()
+    assert float(global_norm(values)) == pytest.approx(float(whole), rel=1e-6)
+    values[0][3, 5] = float("nan")
+    assert not torch.isfinite(global_norm(values))
 
 
 def test_norm_and_clipping_are_those_of_dense_gradients(tiny):

@@ -16,6 +16,7 @@ from graft.initialization import Rng, normal_
 from graft.network.embedding_conv import embedding_conv
 from graft.ops.activations import ACTIVATIONS, soft_cap
 from graft.ops.one_row import linear
+from graft.ops.row_gradients import wants_rows
 from graft.ops.short_conv import ConvState
 from graft.shapes import Float, Int
 
@@ -115,7 +116,7 @@ class TokenEmbedding(nn.Module):
         state: ConvState | None = None,
     ) -> tuple[Float[Tensor, "B T D"], ConvState | None]:
         """Vectors of the tokens, and the state after the last (None without one before)."""
-        x_BTR = F.embedding(ids_BT, self.weight)
+        x_BTR = F.embedding(ids_BT, self.weight, sparse=wants_rows(self.weight))
         if self.scale != 1.0:
             x_BTR = x_BTR * self.scale
         if self.conv is not None:

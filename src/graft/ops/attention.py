@@ -12,7 +12,7 @@ from graft.ops.attention_banded import BLOCK, banded_attention
 from graft.ops.attention_folded import Scoring, folded_attention
 from graft.ops.attention_mask import Visibility
 from graft.ops.attention_reference import reference_attention
-from graft.ops.autocast import full_precision
+from graft.ops.autocast import full_precision, matmul_operand
 from graft.ops.kernels import Kernel as OutsideKernel
 from graft.ops.outside_graphs import outside_graphs
 from graft.shapes import Float, Int
@@ -132,14 +132,6 @@ def attention(
                 return banded_attention(q_BTNH, k_BSKH, v_BSKH, visibility, scoring, dropout=dropout)
             case "sdpa":
                 return _sdpa(q_BTNH, k_BSKH, v_BSKH, visibility, scoring, dropout=dropout)
-
-
-def matmul_operand(x: Tensor) -> Tensor:
-    """What autocast makes of an operand of a matrix product."""
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
 
 
 def _sdpa(

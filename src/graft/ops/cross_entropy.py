@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graft.ops.activations import soft_cap
+from graft.ops.autocast import matmul_dtype
 from graft.shapes import Float, Int
 
 
@@ -90,7 +91,7 @@ def linear_cross_entropy(
     num_rows = max(1, chunk_bytes // (4 * weight_VD.shape[0]))
     num_chunks = max(1, math.ceil(x_TD.shape[0] / num_rows))
     num_rows = max(1, math.ceil(x_TD.shape[0] / num_chunks))  # chunks of one size: one shape to compile
-    plan = (form, num_rows, compile, _matmul_dtype(x_TD))
+    plan = (form, num_rows, compile, matmul_dtype(x_TD))
     differentiable = any(t is not None and t.requires_grad for t in (x_TD, weight_VD, bias_V))
     if torch.is_grad_enabled() and differentiable:
         return CrossEntropySums(*_Chunked.apply(x_TD, weight_VD, bias_V, targets_T, plan))
@@ -116,13 +117,6 @@ def reference_linear_cross_entropy(
 
 _Plan = tuple[HeadLoss, int, bool, torch.dtype]
 """What is computed, rows per chunk, whether to compile, dtype of the matrix products."""
-
-
-def _matmul_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:  # autocast leaves fp64 alone
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
 
 
 class _Wanted(NamedTuple):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graft.ops.autocast import matmul_operand
 from graft.ops.outside_graphs import outside_graphs
 
 GROUPED_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -35,9 +36,7 @@ def grouped_linear(
         ends_E: int32, the row after each expert's last one; the last entry is M.
         kernels: "reference" multiplies expert by expert.
     """
-    if x_MD.device.type != "meta" and torch.is_autocast_enabled(x_MD.device.type):
-        dtype = torch.get_autocast_dtype(x_MD.device.type)
-        x_MD, weight_EFD = x_MD.to(dtype), weight_EFD.to(dtype)
+    x_MD, weight_EFD = matmul_operand(x_MD), matmul_operand(weight_EFD)
     if kernels == "reference":
         return outside_graphs(reference_grouped_linear)(x_MD, weight_EFD, ends_E)
     return _grouped_linear(x_MD, weight_EFD, ends_E)

@@ -3,7 +3,8 @@
 A module names its tables that can have such gradients in ``row_tables``. The optimizer's builder marks a parameter
 whose update is row-wise (`mark_rows`); the operation that reads the table asks (`wants_rows`) and then yields a sparse
 COO gradient: sorted rows, each once, and their values. Sums of several (micro-batches, loops) come out of autograd
-unsorted; `coalesce_rows` puts them in order again.
+unsorted; `coalesce_rows` puts them in order again. A training run marks an embedding table that is the head's matrix
+too: what the look-up adds to the head's gradient are a few rows.
 """
 
 from __future__ import annotations

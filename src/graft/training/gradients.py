@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from graft.ops.row_gradients import coalesce_rows, split_rows
+
+if TYPE_CHECKING:
+    from graft.model import Model
 
 
 def gradient_values(parameters: Iterable[Tensor]) -> list[Tensor]:
@@ -26,6 +31,37 @@ def gradient_values(parameters: Iterable[Tensor]) -> list[Tensor]:
         else:
             values.append(parameter.grad)
     return values
+
+
+def tied_table(model: Model) -> nn.Parameter | None:
+    """The embedding table, where it is the head's matrix too."""
+    return model.embedding.weight if model.head.weight is None else None
+
+
+def make_dense(table: nn.Parameter) -> None:
+    """Fills a row gradient up with zeros: of a tied table whose head the objective left alone."""
+    if table.grad is not None and table.grad.is_sparse:
+        table.grad = table.grad.to_dense()
+
+
+def global_norm(values: list[Tensor]) -> Tensor:
+    """The norm of all gradients together, a scalar on their device.
+
+    On a CPU large tensors are reduced row by row first: PyTorch's norm of a whole tensor reads memory half as fast.
+    """
+    return get_total_norm([_row_norms(v) if _wide_on_cpu(v) else v for v in values])
+
+
+ROW_BY_ROW_FROM = 2**16
+"""Numbers from which a gradient's norm is taken row by row on a CPU."""
+
+
+def _wide_on_cpu(values: Tensor) -> bool:
+    return values.device.type == "cpu" and values.dim() > 1 and values.numel() >= ROW_BY_ROW_FROM
+
+
+def _row_norms(values: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(values, dim=-1)
 
 
 def scale_to_norm(values: list[Tensor], largest: float, norm: Tensor) -> None:

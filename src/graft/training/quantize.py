@@ -9,8 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from graft.errors import CheckpointError
-from graft.linears.bitlinear import BitLinear
-from graft.linears.packing import pack_ternary
+from graft.linears.packing import pack_ternary, ternary_layers
 from graft.memories.bank import quantize_banks
 from graft.ops.slot_quantization import Bits
 from graft.training.checkpoint import CheckpointStore
@@ -53,7 +52,7 @@ def quantize_run(
     tokenizer, as a run directory of its own.
 
     What reads runs (`graft.training.load.load_run`, ``graft generate``, ``chat``, ``eval``) reads it like any other;
-    it cannot be trained further. Norms, embeddings, head, routers and experts stay as they are.
+    it cannot be trained further. Norms, embeddings, head and routers stay as they are.
 
     Args:
         path: a run directory or a checkpoint's folder.
@@ -72,8 +71,7 @@ def quantize_run(
         raise CheckpointError("it already holds something", where=str(out), fix="name a folder that is new or empty")
     run = load_run(path, which=which)
     before = _num_bytes(run.model.state_dict().values())
-    ternary = any(isinstance(module, BitLinear) for module in run.model.modules())
-    layers = pack_ternary(run.model) if ternary or memory_bits is None else []
+    layers = pack_ternary(run.model) if ternary_layers(run.model) or memory_bits is None else []
     if memory_bits is not None:
         quantize_banks(run.model, memory_bits, memory_group_size)
     weights = run.model.state_dict()

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from graft.config.advice import marks
 from graft.config.experiment import Experiment
 from graft.data.batch import Batch
 from graft.faults import fault_active, fault_point
 from graft.objectives.base import LossTerms, Objective
+from graft.ops.row_gradients import mark_rows
 from graft.optimizers.groups import set_learning_rate
-from graft.training.gradients import gradient_values, scale_to_norm
+from graft.training.gradients import global_norm, gradient_values, make_dense, scale_to_norm, tied_table
 from graft.training.guard import Guard, Verdict
 from graft.training.precision import Precision
 from graft.training.rng import rng_state, set_rng_state
@@ -42,6 +42,8 @@ class Run:
         directory: where the run is kept; None = nowhere.
 
     Attributes:
+        tied_table: the embedding table that is the head's matrix too; None when the head has its own. On a CPU its
+            look-ups yield gradients of rows, which autograd adds to the head's instead of to as many zeros.
         parameters: the model's, listed once: walking the modules twice a step takes longer than a small layer.
         step: updates made or skipped so far; the next one is number ``step + 1`` and uses ``schedule.factor(step)``.
         tokens: training positions seen.
@@ -74,6 +76,9 @@ class Run:
         self.directory = directory
         self.objective: Objective = experiment.objective.build()
         self.optimizer: torch.optim.Optimizer = experiment.optimizer.build(model)
+        self.tied_table = tied_table(model)
+        if self.tied_table is not None and device.type == "cpu":
+            mark_rows(self.tied_table, True)
         self.schedule: Schedule = experiment.schedule.build(
             max_steps=experiment.max_steps, tokens_per_step=experiment.tokens_per_step
         )
@@ -107,12 +112,14 @@ class Run:
 
     def gradient_norm(self) -> Tensor:
         """Undoes the loss scale, then returns the gradients' global norm (a scalar on the device). Clips nothing."""
+        if self.tied_table is not None:
+            make_dense(self.tied_table)
         self.precision.unscale(self.optimizer)
         gradients = gradient_values(self.parameters)
         injected = fault_active("train.gradient", self.step + 1)
         if injected is not None:
             gradients[0].view(-1)[0] = float(injected)
-        return get_total_norm(gradients)
+        return global_norm(gradients)
 
     def judge(self, loss: Tensor, grad_norm: Tensor) -> Verdict:
         """Whether the step may be applied; nothing has been changed so far. Counted in `guard`."""
