@@ -81,14 +81,19 @@ def trainer(experiment: Experiment, ids: Sequence[Tensor]) -> Run:
     return run
 
 
-def stepper(run: Run) -> Callable[[], float]:
-    """One training step under the run's own runtime settings; the settings of before come back, so that the peer's
-    turn is not touched by them. Returns the loss."""
+def matmul_precision(run: Run) -> str:
+    """The setting of fp32 products that the run's own runtime settings lead to; applies the lasting ones of them."""
     experiment = run.experiment
     shape = (experiment.tokens_per_step, experiment.model.hidden_size, 4 * experiment.model.hidden_size)
     with runtime_restored():
         configure_runtime(experiment.runtime, matmul_shape=shape)
-        precision = torch.get_float32_matmul_precision()
+        return torch.get_float32_matmul_precision()
+
+
+def stepper(run: Run) -> Callable[[], float]:
+    """One training step under the run's own runtime settings; the settings of before come back, so that the peer's
+    turn is not touched by them. Returns the loss."""
+    precision = matmul_precision(run)
 
     def step() -> float:
         with runtime_restored():
