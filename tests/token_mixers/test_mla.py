@@ -68,12 +68,21 @@ def values_and_gradients(part: MLA, form: Any, x: Tensor, ctx: Context) -> list[
 
 
 HOPE = {"type": "hope", "damping": 0.1}
+XPOS = {"type": "xpos", "scale_base": 4.0}
 TOLERANCES = [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("fields", [{}, {"q_lora_rank": 7, "sliding_window": 4, "position": YARN}, {"position": HOPE}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"q_lora_rank": 7, "sliding_window": 4, "position": YARN},
+        {"position": HOPE},
+        {"position": XPOS, "rope_interleave": True},
+    ],
+)
 def test_both_forms_agree_in_values_and_gradients(dtype, tolerance, causal, fields):
     part, x = mla(causal=causal, dtype=dtype, **fields), stream(9, dtype)
     segments = torch.tensor([[0, 7, 7, 7, 7, 2, 2, 2, 0], [5] * 9])
@@ -268,11 +277,37 @@ def test_ranks_that_compress_nothing_get_advice():
     assert "compress nothing of a stream of 32" in found[1]
 
 
+@pytest.mark.parametrize(
+    ("hidden_size", "q_lora_rank", "advised"),
+    [(11, None, []), (10, None, ["kv_lora_rank"]), (99, 79, []), (99, 80, ["q_lora_rank"]), (79, 79, ["q_lora_rank"])],
+)
+def test_ranks_are_compared_with_what_they_stand_between(hidden_size, q_lora_rank, advised):
+    """Latents of 10 for 88 channels of keys and values, queries of 80."""
+    config = MLAConfig.model_validate({"type": "mla", **SIZES, "num_heads": 8, "q_lora_rank": q_lora_rank})
+    assert [advice.path for advice in config.advice_in(hidden_size)] == [(name,) for name in advised]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("position", [HOPE, XPOS])
+def test_channels_with_a_position_fade_with_distance_and_the_others_do_not(position, causal):
+    part, x = mla(position=position, causal=causal), stream(9)
+    queries, latents = part.project(x, context(x, causal=causal))
+    k_nope, v = part.kv_b_proj(latents.c_BSR).unflatten(-1, (3, 11)).split([6, 5], dim=-1)
+    distance = (torch.arange(9)[:, None] - torch.arange(9)).abs()
+    fading = (-part.position.rates(0, CPU).double() * distance[..., None]).exp()
+    scores = torch.einsum("btnh,bsnh->bnts", queries.nope_BTNH, k_nope)
+    scores = scores + torch.einsum("btnh,bsh,tsh->bnts", queries.rope_BTNH, latents.rope_BSH, fading)
+    if causal:
+        scores = scores.masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), -torch.inf)
+    wanted = torch.einsum("bnts,bsnh->btnh", (scores / 10**0.5).softmax(-1), v)
+    torch.testing.assert_close(part.expanded(queries, latents, causal=causal), wanted)
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("window", [None, 5])
-def test_hyperbolic_positions_hold_the_contracts(bidirectional, window):
+@pytest.mark.parametrize(("position", "window"), [(HOPE, None), (HOPE, 5), (XPOS, None), (XPOS, 5)])
+def test_fading_positions_hold_the_contracts(bidirectional, position, window):
     sizes = {"kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
-    part = {"type": "mla", "num_heads": 2, **sizes, "sliding_window": window, "position": HOPE}
+    part = {"type": "mla", "num_heads": 2, **sizes, "sliding_window": window, "position": position}
     blocks = {"layer": [part, {"type": "mlp", "intermediate_size": 16}]}
     model = {"hidden_size": 16, "num_layers": 2, "norm": {"type": "rms_norm"}, "blocks": blocks}
     config = ModelConfig.model_validate({**model, "bidirectional": bidirectional})

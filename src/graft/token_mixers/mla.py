@@ -64,9 +64,9 @@ class MLA(Part):
     the latents themselves, as multi-query attention; taken while decoding when it costs less. ``kernels: reference``
     always expands, and so do linear maps other than plain ones, whose matrix alone does not say what they compute.
 
-    Deviations: a sliding window, both directions, and hyperbolic positions in place of rotations, under which channels
-    without position do not fade; YaRN's mscale and mscale_all_dim act as in the code published with DeepSeek-V2: both
-    default to YaRN's own behaviour, and either may be set alone.
+    Deviations: a sliding window, both directions, and positions that fade with distance (xpos, hope) in place of plain
+    rotations, under which channels without position do not fade; YaRN's mscale and mscale_all_dim act as in the code
+    published with DeepSeek-V2: both default to YaRN's own behaviour, and either may be set alone.
 
     State: latent and rotated key, kv_lora_rank + qk_rope_head_dim numbers per position kept (and one integer once
     documents are told apart). FLOPs: see `flops_per_token`.

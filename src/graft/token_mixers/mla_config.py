@@ -11,6 +11,7 @@ from graft.config.families import Norm, Position, PositionConfig, TokenMixerConf
 from graft.norms.rms_norm_config import RMSNormConfig
 from graft.positions.hope_config import HopeConfig
 from graft.positions.rope_config import RopeConfig, YarnScaling
+from graft.positions.xpos_config import XposConfig
 
 
 def magnitude(factor: float, mscale: float) -> float:
@@ -34,7 +35,7 @@ class MLAConfig(TokenMixerConfig):
     sliding_window: int | None = knob(None, "keys a query sees, itself included; null = all", ge=1)
     latent_norm: Norm = knob(doc="norm on both latents; RMSNorm as published", factory=RMSNormConfig)
     position: Position = knob(
-        doc="what gives the qk_rope_head_dim channels their position: rope, or hope, which fades them with distance",
+        doc="what gives the qk_rope_head_dim channels their position: rope; xpos and hope fade them with distance",
         factory=RopeConfig,
     )
     mscale: float = knob(
@@ -48,9 +49,9 @@ class MLAConfig(TokenMixerConfig):
     )
 
     def problems(self) -> Iterator[Problem]:
-        if not isinstance(self.position, RopeConfig | HopeConfig):
+        if not isinstance(self.position, RopeConfig | XposConfig | HopeConfig):
             tag = getattr(self.position, "type", "")
-            yield Problem(("position", "type"), f"{tag} does not act on pairs of channels", "use rope or hope")
+            yield Problem(("position", "type"), f"{tag} does not act on pairs of channels", "use rope, xpos or hope")
         if isinstance(self.position, RopeConfig) and self.position.partial_rotary_factor != 1.0:
             yield Problem(
                 ("position", "partial_rotary_factor"),
@@ -61,8 +62,8 @@ class MLAConfig(TokenMixerConfig):
             yield Problem(
                 ("qk_rope_head_dim",), f"{self.qk_rope_head_dim} channels cannot be rotated in pairs", "make it even"
             )
-        if self.rope_interleave and not isinstance(self.position, RopeConfig):
-            yield Problem(("rope_interleave",), "it says which channels rope rotates", "remove it")
+        if self.rope_interleave and not isinstance(self.position, RopeConfig | XposConfig):
+            yield Problem(("rope_interleave",), "it says which channels rope and xpos rotate", "remove it")
         if (self.mscale, self.mscale_all_dim) == (1.0, 0.0):
             return
         yarn = self._yarn()
@@ -98,10 +99,11 @@ class MLAConfig(TokenMixerConfig):
         return root if yarn is None else root * magnitude(yarn.factor, self.mscale_all_dim) ** 2
 
     def advice_in(self, hidden_size: int) -> Iterator[Problem]:
-        if self.q_lora_rank is not None and self.q_lora_rank >= hidden_size:
+        queries = self.num_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim)
+        if self.q_lora_rank is not None and self.q_lora_rank >= min(hidden_size, queries):
             yield Problem(
                 ("q_lora_rank",),
-                f"{self.q_lora_rank} channels compress nothing of a stream of {hidden_size}",
+                f"{self.q_lora_rank} channels compress nothing of a stream of {hidden_size} for queries of {queries}",
                 "lower it, or set null for a direct projection",
             )
         per_position = self.num_heads * (self.qk_nope_head_dim + self.v_head_dim)
@@ -112,3 +114,6 @@ class MLAConfig(TokenMixerConfig):
                 "values it stands for",
                 "lower it, or use attention",
             )
+        elif self.kv_lora_rank >= hidden_size:
+            message = f"a latent of {self.kv_lora_rank} compresses nothing of a stream of {hidden_size}"
+            yield Problem(("kv_lora_rank",), message, "lower it")
