@@ -34,7 +34,7 @@ class TitansConfig(TokenMixerConfig):
         "reach is chunk_size)",
         ge=1,
     )
-    position: Position = knob(doc="how positions enter the attention; with a memory {type: rope | alibi | none}")
+    position: Position = knob(doc="how positions enter the attention; with a memory {type: rope | alibi | hope | none}")
     qk_norm: Norm | None = knob(None, "norm on the attention's q and k per head, before positions; null = none")
     num_persistent_tokens: int = knob(
         4, "learned keys and values every query sees, 0 or more; no positions", ge=0, only_if=WITH_MEMORY
