@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from graft.channel_mixers.experts import ExpertLinear
+from graft.channel_mixers.packed_experts import PackedExpertLinear
 from graft.config.model import ModelConfig
 from graft.contracts.subject import loud
 from graft.errors import ConfigError
@@ -17,6 +19,7 @@ from graft.linears.bitlinear_config import BitLinearConfig
 from graft.linears.packed_ternary import PackedTernary
 from graft.linears.packing import pack_ternary
 from graft.model import Model, build_model
+from graft.ops.routing import sort_slots
 from graft.part import linear_flops
 
 
@@ -54,6 +57,50 @@ def test_a_packed_layer_computes_the_same(shape: tuple[int, int], norm: dict[str
     torch.testing.assert_close(packed(x), expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
     packed.kernels = "reference"
     assert torch.equal(packed(x), expected)
+
+
+MOE = {"type": "moe", "num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 20, "num_shared_experts": 1}
+
+
+def experts_of(model: Model, kind: type[nn.Module] = ExpertLinear) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, kind)]
+
+
+@pytest.mark.parametrize("chosen", [[[3, 0]], [[5, 2], [2, 0], [5, 1], [0, 2], [2, 1]]], ids=["few rows", "many"])
+@pytest.mark.parametrize("linear", [{}, {"norm": None}], ids=["norm", "no norm"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("width", [16, 13, 3])
+def test_packed_experts_compute_the_same(width: int, bias: bool, linear: dict[str, Any], chosen: list[Any]) -> None:
+    """Fewer rows than experts and more, experts without rows, widths that fill no byte."""
+    blocks, kind = {"b": [{**MOE, "bias": bias}]}, {"type": "bitlinear", **linear}
+    model = network(kind, torch.float32, hidden_size=width, num_layers=1, blocks=blocks)
+    trained = experts_of(model)[0]
+    slots = sort_slots(torch.tensor(chosen), 6)
+    x = torch.randn(len(slots.expert_M), width)
+    packed, expected = trained.packed(), trained(x, slots, "reference")
+    assert torch.equal(packed(x, slots, "reference"), expected)
+    torch.testing.assert_close(packed(x, slots, "auto"), expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+    with torch.autocast("cpu", torch.bfloat16):  # whole numbers stay exact
+        torch.testing.assert_close(packed(x, slots, "auto"), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_packed_mixture_of_experts_gives_the_same_logits_from_less() -> None:
+    ids = torch.randint(31, (2, 12))
+    attention = {"type": "attention", "num_heads": 2, "position": {"type": "rope"}}
+    model = network(blocks={"b": [attention, MOE]}, linears={"attention": {"type": "dense"}, "mlp": {"type": "dense"}})
+    expected, flops = model(ids), [part.flops_per_token(12) for part in model.parts()]
+    weights = sum(layer.weight.numel() for layer in experts_of(model))
+    names = pack_ternary(model)
+    assert len(names) == 2 * 3
+    assert all(".experts." in name for name in names)
+    assert not experts_of(model)
+    packed = experts_of(model, PackedExpertLinear)
+    assert sum(layer.packed.numel() for layer in packed) == weights // 4
+    torch.testing.assert_close(model(ids), expected, rtol=1e-9, atol=1e-9)
+    logits, _ = model.decode(ids, model.init_state(2, 12))
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+    assert [part.flops_per_token(12) for part in model.parts()] == flops
 
 
 def test_weights_take_two_bits() -> None:

@@ -58,6 +58,18 @@ def test_the_verb_and_what_reads_its_result(trained: Path, tmp_path: Path, capsy
     assert "14 layers packed" in capsys.readouterr().out
 
 
+def test_a_run_of_ternary_experts_is_packed_too(tmp_path: Path) -> None:
+    moe = "{type: moe, num_experts: 4, intermediate_size: 16}"
+    changes = ("training.max_steps=2", "model.linear={type: bitlinear}", f"model.blocks.main=[{moe}]")
+    api.train(tiny(tmp_path, *changes), out=tmp_path / "run", stream=io.StringIO())
+    done = quantize_run(tmp_path / "run", tmp_path / "packed")
+    assert len(done.layers) == 2 * 3
+    before, after = load_run(tmp_path / "run"), load_run(tmp_path / "packed")
+    ids = torch.randint(256, (2, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(after.model(ids), before.model(ids), rtol=1e-3, atol=1e-3)
+
+
 def test_what_cannot_be_packed(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="2 of its 4 warm-up updates"):
         quantize_run(trained / "checkpoints/step-00000002", tmp_path / "early")

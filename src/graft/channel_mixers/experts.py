@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from graft.channel_mixers.moe_config import MoeConfig
+from graft.channel_mixers.packed_experts import PackedExpertLinear
 from graft.config.roles import Role
 from graft.initialization import Rng, normal_
+from graft.linears.bitlinear import TernaryOperands
 from graft.ops.activations import ACTIVATIONS
 from graft.ops.grouped_linear import grouped_linear
 from graft.ops.routing import Slots, collect, sort_slots, spread
@@ -59,6 +61,21 @@ class ExpertLinear(nn.Module):
             return y_MD
         return y_MD + self.bias.index_select(0, slots.expert_M).to(y_MD.dtype)
 
+    @property
+    def num_weights(self) -> int:
+        """Entries of all matrices."""
+        return self.weight.numel()
+
+    def packed(self) -> PackedExpertLinear:
+        """Ternary experts for inference, two bits per weight (empty ones on the meta device)."""
+        assert isinstance(self.operands, TernaryOperands), "only ternary matrices are packed"
+        experts, out_features, in_features = self.weight.shape
+        norm, bias = self.operands.norm, self.bias is not None
+        layer = PackedExpertLinear(experts, in_features, out_features, norm=norm, bias=bias).to(self.weight.device)
+        if not self.weight.is_meta:
+            layer.fill(self.weight, self.bias)
+        return layer
+
 
 class Experts(nn.Module):
     """Σ over a position's experts of weight · network(x), each network as in `graft.channel_mixers.mlp`.
@@ -82,8 +99,8 @@ class Experts(nn.Module):
         self.down_proj = make(inner, width, residual_output=True)
         self.activation = ACTIVATIONS[config.activation]
 
-    def linears(self) -> Iterator[ExpertLinear]:
-        """The maps each expert has of its own."""
+    def linears(self) -> Iterator[ExpertLinear | PackedExpertLinear]:
+        """The maps each expert has of its own, packed or not."""
         return (linear for linear in (self.gate_proj, self.up_proj, self.down_proj) if linear is not None)
 
     def forward(

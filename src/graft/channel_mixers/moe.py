@@ -72,7 +72,7 @@ class Moe(Part):
             self.router.balance(usage["experts"])
 
     def flops_per_token(self, seq_len: int) -> float:
-        chosen = sum(linear.weight.numel() for linear in self.experts.linears()) * self.share_chosen
+        chosen = sum(linear.num_weights for linear in self.experts.linears()) * self.share_chosen
         return float(linear_flops(self) + 2 * self.router.weight.numel() + 2 * chosen)
 
     def active_parameters(self) -> int:

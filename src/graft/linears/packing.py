@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Protocol, cast, runtime_checkable
+
+from torch import Tensor, nn
 
 from graft.errors import ConfigError
-from graft.linears.bitlinear import BitLinear
+from graft.linears.bitlinear import TernaryOperands
 
 PACKED_SUFFIX = ".packed"
 """How the names of packed weights end: a checkpoint with such tensors is one of `pack_ternary`'s models."""
 
 
+@runtime_checkable
+class TernaryLayer(Protocol):
+    """A layer that multiplies what its `TernaryOperands` make of rows and weights: one matrix, or one per expert."""
+
+    operands: TernaryOperands
+    weight: Tensor
+
+    def packed(self) -> nn.Module:
+        """The same for inference."""
+        ...
+
+
+def ternary_layers(model: nn.Module) -> dict[str, TernaryLayer]:
+    """Every layer below ``model`` with ternary weights, by name."""
+    found = (
+        (name, m) for name, m in model.named_modules() if isinstance(getattr(m, "operands", None), TernaryOperands)
+    )
+    return {name: cast(TernaryLayer, module) for name, module in found}
+
+
 def pack_ternary(model: nn.Module) -> list[str]:
-    """Replaces every `BitLinear` below ``model`` by its `PackedTernary`; nothing else is touched.
+    """Replaces every layer with ternary weights below ``model``, experts' too, by its packed form; nothing else.
 
     Norms, embeddings, head, routers and convolutions keep their precision: they are no such layers. The model can no
     longer be trained. On the meta device the packed layers are empty, to be loaded.
@@ -23,7 +45,7 @@ def pack_ternary(model: nn.Module) -> list[str]:
     Raises:
         ConfigError: there is none, or one whose quantisation had not come in fully.
     """
-    found = {name: module for name, module in model.named_modules() if isinstance(module, BitLinear)}
+    found = ternary_layers(model)
     if not found:
         raise ConfigError(
             "the model has no ternary layer to pack",
