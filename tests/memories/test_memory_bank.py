@@ -63,12 +63,17 @@ def slots_of(part: MemoryBank) -> Tensor:
 
 def torch_attention(part: MemoryBank, x: Tensor, slots: Tensor) -> Tensor:
     """What PyTorch's multi-head attention, with the part's weights by name, reads of slots. ``W_o`` is left out."""
-    inner = matrix(part.q_proj).shape[0]
-    oracle = nn.MultiheadAttention(inner, N, bias=False, kdim=slots.shape[1], vdim=slots.shape[1], batch_first=True)
+    inner, heads = matrix(part.q_proj).shape[0], part.settings.num_heads
+
+    def of_each_head(linear: nn.Module) -> Tensor:
+        mine = matrix(linear).unflatten(0, (-1, part.head_dim))
+        return mine.repeat_interleave(heads // len(mine), dim=0).flatten(0, 1)
+
+    oracle = nn.MultiheadAttention(inner, heads, bias=False, kdim=slots.shape[1], vdim=slots.shape[1], batch_first=True)
     weights = {
         "q_proj_weight": torch.eye(inner, dtype=x.dtype),
-        "k_proj_weight": matrix(part.k_proj),
-        "v_proj_weight": matrix(part.v_proj),
+        "k_proj_weight": of_each_head(part.k_proj),
+        "v_proj_weight": of_each_head(part.v_proj),
         "out_proj.weight": torch.eye(inner, dtype=x.dtype),
     }
     if oracle.in_proj_weight is not None:  # keys and values as wide as queries: one matrix for all three
@@ -101,6 +106,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "factorized": {"low_rank_mode": "factorized", "rank": 3, "memory_dim": 10},
     "reduced_dim": {"low_rank_mode": "reduced_dim", "rank": 6},
     "low-rank projections": {"projection_rank": 2},
+    "one key head": {"num_kv_heads": 1},
+    "two key heads of low rank": {"num_heads": 4, "num_kv_heads": 2, "low_rank_mode": "factorized", "rank": 3},
     "both": {"low_rank_mode": "factorized", "rank": 3, "projection_rank": 2, "head_dim": 2},
 }
 
@@ -123,7 +130,9 @@ def test_equals_torch_attention(form: str, order: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("order", ["projected", "absorbed", "reference"])
 @pytest.mark.parametrize("T", [1, 30])  # few positions project only the chapters they read
-@pytest.mark.parametrize("fields", [{}, {"num_shared_chapters": 1, "routed_scaling_factor": 2.5}, FORMS["factorized"]])
+@pytest.mark.parametrize(
+    "fields", [{}, {"num_shared_chapters": 1, "routed_scaling_factor": 2.5}, FORMS["factorized"], FORMS["one key head"]]
+)
 def test_chapters_equal_torch_attention_to_each(
     fields: dict[str, Any], T: int, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,7 +314,8 @@ def test_one_position_does_not_map_every_slot(form: str, chapters: dict[str, Any
     part = memory(**{**FORMS[form], **chapters, "num_slots": 400})
     traced_flops = traced(part, 1)
     assert part.flops_per_token(1) == pytest.approx(traced_flops, rel=0.01)
-    every_slot = sum(part.bank.flops(400, linear_flops(m), N * part.head_dim) for m in (part.k_proj, part.v_proj))
+    width = part.settings.kv_heads * part.head_dim
+    every_slot = sum(part.bank.flops(400, linear_flops(m), width) for m in (part.k_proj, part.v_proj))
     assert traced_flops < every_slot
 
 

@@ -45,6 +45,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_slots": 4, "low_rank_mode": "factorized"}, "factorized slots need a rank"),
     ({"num_slots": 4, "low_rank_mode": "reduced_dim", "rank": 3}, "2 heads do not divide rank 3"),
     ({"num_slots": 4, "low_rank_mode": "reduced_dim", "rank": 4, "memory_dim": 6}, "memory_dim does nothing here"),
+    ({"num_slots": 4, "num_kv_heads": 3}, "3 key heads do not divide 2 heads"),
     ({"num_slots": 4, "num_heads": 3}, "3 heads do not divide hidden_size 8"),
     ({"num_slots": 4, "gate": "scalar"}, "give each other no gradient"),
     ({"num_slots": 4, "quantization": {"group_size": 3}}, "groups of 3 do not divide 8 channels"),

@@ -49,6 +49,9 @@ class MoeConfig(ChannelMixerConfig):
         ge=0.0,
     )
 
+    def counts_choices(self) -> bool:
+        return True
+
     def problems(self) -> Iterator[Problem]:
         if self.num_experts_per_tok > self.num_experts:
             yield Problem(

@@ -57,6 +57,9 @@ class PeerConfig(ChannelMixerConfig):
         """Experts there are."""
         return math.prod(self.product_key_dims)
 
+    def counts_choices(self) -> bool:
+        return self.track_usage
+
     def problems(self) -> Iterator[Problem]:
         axes = len(self.product_key_dims)
         if any(dim < 1 for dim in self.product_key_dims):

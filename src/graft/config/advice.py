@@ -20,6 +20,7 @@ def warnings(experiment: Experiment) -> list[str]:
         *_schedule(experiment),
         *_steps(experiment),
         *_data(experiment),
+        *_usage(experiment),
     ]
 
 
@@ -127,6 +128,14 @@ def _data(experiment: Experiment) -> Iterator[str]:
     placeless = not any(_tells_order(part) for part, _ in _parts_in_use(experiment))
     if experiment.model.bidirectional and placeless and embedding.position is None and embedding.conv is None:
         yield "model: nothing tells positions apart in this encoder (a bag of words); give attention a position"
+
+
+def _usage(experiment: Experiment) -> Iterator[str]:
+    if any(part.counts_choices() for part, _ in _parts_in_use(experiment)):
+        return
+    for name in ("usage_interval", "usage_hot_threshold", "dead_after"):
+        if getattr(experiment.logging, name) != type(experiment.logging).model_fields[name].default:
+            yield f"logging.{name}: no part of the model counts what it chooses, so it says nothing; remove it"
 
 
 def _tells_order(part: PartConfig) -> bool:

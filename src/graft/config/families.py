@@ -103,6 +103,10 @@ class PartConfig(VariantConfig):
         """Whether a position reads later ones where it must not: every loss of such a decoder is too good."""
         return False
 
+    def counts_choices(self) -> bool:
+        """Whether it counts in training what it chooses (`PartOutput.usage`)."""
+        return False
+
     def silent_at_start(self) -> bool:
         """Whether the branch adds exactly nothing at first. Depth-scaled starts do not count such branches, so that the
         model starts as one without them.

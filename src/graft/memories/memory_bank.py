@@ -99,12 +99,12 @@ class MemoryBank(Part):
         D, reduced = site.hidden_size, config.low_rank_mode == "reduced_dim"
         self.width = D
         self.head_dim = config.head_dim or (config.bank_width(D) if reduced else D) // config.num_heads
-        inner = config.num_heads * self.head_dim
+        inner, read = config.num_heads * self.head_dim, config.kv_heads * self.head_dim
         width = config.bank_width(D) if reduced else config.memory_dim or D
         kind = None if config.projection_rank is None else LowRankConfig(rank=config.projection_rank)
         self.q_proj = site.make_linear(D, inner, role="memory_layer", config=kind)
-        self.k_proj = site.make_linear(width, inner, role="memory_layer", config=kind)
-        self.v_proj = site.make_linear(width, inner, role="memory_layer", config=kind)
+        self.k_proj = site.make_linear(width, read, role="memory_layer", config=kind)
+        self.v_proj = site.make_linear(width, read, role="memory_layer", config=kind)
         std = 0.0 if config.zero_init_output else None
         self.o_proj = site.make_linear(inner, D, role="memory_layer", residual_output=True, init_std=std, config=kind)
         self.router = None if config.num_chapters is None else ChapterRouter(config, site)
@@ -126,7 +126,7 @@ class MemoryBank(Part):
         object.__setattr__(self, "bank", site.shared.take(config.bank, site.layer_idx, make, every=every))
 
     def forward(self, x_BTD: Float[Tensor, "B T D"], ctx: Context, state: PoolState | None = None) -> PartOutput:
-        q_XNH = self._heads(self.q_proj(x_BTD)).flatten(0, 1)
+        q_XNH = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_dim)).flatten(0, 1)
         aux: dict[str, Tensor] = {}
         usage: dict[str, Tensor] = {}
         if self.router is None:
@@ -143,9 +143,6 @@ class MemoryBank(Part):
         y_BTD = self.o_proj(o_XNH.flatten(-2).unflatten(0, x_BTD.shape[:2]))
         return PartOutput(y_BTD if self.gate is None else y_BTD * self.gate(x_BTD), state, aux, {}, usage)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.settings.num_heads, self.head_dim))
-
     def _dropout(self) -> float:
         return self.settings.attention_dropout if self.training else 0.0
 
@@ -159,9 +156,17 @@ class MemoryBank(Part):
         return expand(self._attend(absorb(q_XNH, keys), rows, choice, project=False), values)
 
     def _factors(self) -> tuple[list[Tensor], list[Tensor]] | None:
-        """What keys and values are the slots' products with, where they are."""
+        """What the keys and values of every head are the slots' products with, where they are."""
         keys, values = self.bank.factors(self.k_proj), self.bank.factors(self.v_proj)
-        return None if keys is None or values is None else (keys, values)
+        return None if keys is None or values is None else (self._for_each_head(keys), self._for_each_head(values))
+
+    def _for_each_head(self, factors: list[Tensor]) -> list[Tensor]:
+        """Factors to K heads as factors to N, which share them."""
+        heads_each = self.settings.num_heads // self.settings.kv_heads
+        if heads_each == 1:
+            return factors
+        last_RKH = factors[-1].unflatten(1, (-1, self.head_dim))
+        return [*factors[:-1], last_RKH.repeat_interleave(heads_each, dim=1).flatten(1)]
 
     def _attend(self, q_XNH: Tensor, rows_MW: Tensor, choice: Choice | None, *, project: bool) -> Tensor:
         """Attention to the slots' keys and values, or (not ``project``) to the slots as they are, one for all heads."""
@@ -182,7 +187,8 @@ class MemoryBank(Part):
         """Keys and values of rows [..., M, W]: [..., M, K, H] each."""
         if not project:
             return rows.unsqueeze(-2), rows.unsqueeze(-2)
-        return self._heads(self.bank.read(rows, self.k_proj)), self._heads(self.bank.read(rows, self.v_proj))
+        keys, values = self.bank.read(rows, self.k_proj), self.bank.read(rows, self.v_proj)
+        return keys.unflatten(-1, (-1, self.head_dim)), values.unflatten(-1, (-1, self.head_dim))
 
     def _chapters(self, choice: Choice) -> tuple[Tensor, Tensor]:
         """Numbers [X, C] of all chapters that are read, the shared ones first, and their weights."""
@@ -217,7 +223,8 @@ class MemoryBank(Part):
         """FLOPs of `_read`: with keys and values made of the slots, and with slots read as they are."""
         slots, inner = self.settings.slots_read, self.settings.num_heads * self.head_dim
         made = min(self.settings.slots, num_positions * slots)
-        maps = sum(self.bank.flops(made, linear_flops(m), inner) for m in (self.k_proj, self.v_proj))
+        read = self.settings.kv_heads * self.head_dim
+        maps = sum(self.bank.flops(made, linear_flops(m), read) for m in (self.k_proj, self.v_proj))
         projected, factors = float(num_positions * 4 * inner * slots + maps), self._factors()
         if factors is None:
             return projected, float("inf")

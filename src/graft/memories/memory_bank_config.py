@@ -44,6 +44,9 @@ class MemoryBankConfig(MemoryConfig):
     )
     init_std: float = knob(0.02, "standard deviation of the slots at start (that of embeddings)", gt=0.0)
     num_heads: int = knob(8, "heads (N)", ge=1)
+    num_kv_heads: int | None = knob(
+        None, "heads of keys and values (K), each read by num_heads / num_kv_heads heads; null = num_heads", ge=1
+    )
     head_dim: int | None = knob(
         None,
         "channels per head (H); null = hidden_size / num_heads (reduced_dim: rank / num_heads)",
@@ -111,6 +114,11 @@ class MemoryBankConfig(MemoryConfig):
         return self.num_slots or (self.num_chapters or 1) * (self.chapter_size or 1)
 
     @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
     def routed_chapters(self) -> int:
         """Chapters that are chosen among."""
         return (self.num_chapters or 0) - self.num_shared_chapters
@@ -135,6 +143,10 @@ class MemoryBankConfig(MemoryConfig):
         if self.low_rank_mode == "reduced_dim" and self.rank is not None and self.rank % self.num_heads:
             yield Problem(
                 ("num_heads",), f"{self.num_heads} heads do not divide rank {self.rank}", "change one of them"
+            )
+        if self.num_heads % self.kv_heads:
+            yield Problem(
+                ("num_kv_heads",), f"{self.kv_heads} key heads do not divide {self.num_heads} heads", "use a divisor"
             )
         if self.gate == "scalar" and self.zero_init_output:
             yield Problem(
@@ -198,6 +210,9 @@ class MemoryBankConfig(MemoryConfig):
 
     def leaks_future(self, bidirectional: bool) -> bool:
         return self.num_chapters is not None and self.routing == "sequence" and not bidirectional
+
+    def counts_choices(self) -> bool:
+        return self.num_chapters is not None
 
     def silent_at_start(self) -> bool:
         return self.zero_init_output or self.gate == "scalar"
