@@ -86,7 +86,8 @@ class PartConfig(VariantConfig):
     layers: Layers | None = knob(
         None,
         "layers of its block the part stands in: {first: 5}, {last: 5}, {every: 3} (counted among them), [0, 4, -1] "
-        "(physical layers), none; null = all. The names and starting weights of other parts stay as they are",
+        "(physical layers), none; null = all. The names and starting weights of other parts stay as they are (but for "
+        "init.residual depth, which counts the branches that say something at the start)",
     )
     norms_inside: ClassVar[bool] = False
     """True for a part that norms what it reads itself: it gets the stream as it is, whatever the placement."""

@@ -19,7 +19,9 @@ class InitConfig(Config):
     std: float = knob(0.02, "standard deviation of weight matrices (GPT-2's choice)", gt=0.0)
     embedding_std: float | None = knob(None, "standard deviation of the embedding table; null = std", gt=0.0)
     residual: Literal["none", "depth"] = knob(
-        "none", "depth: matrices that write to the residual stream get std / sqrt(number of residual branches)"
+        "none",
+        "depth: matrices that write to the residual stream get std / sqrt(number of residual branches that do not start "
+        "at zero)",
     )
 
 
