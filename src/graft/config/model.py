@@ -20,8 +20,8 @@ class InitConfig(Config):
     embedding_std: float | None = knob(None, "standard deviation of the embedding table; null = std", gt=0.0)
     residual: Literal["none", "depth"] = knob(
         "none",
-        "depth: matrices that write to the residual stream get std / sqrt(number of residual branches that do not start "
-        "at zero)",
+        "depth: matrices that write to the residual stream get std / sqrt(number of residual branches that do not "
+        "start at zero)",
     )
 
 
