@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from graft.config.experiment import Experiment
 from graft.config.load import load_experiment
 from graft.model import Model, build_model
+from tiny_run import random_batch
 
 MODELS = Path(__file__).parents[2] / "presets" / "models"
 
@@ -56,6 +58,24 @@ def test_the_two_toys_differ_in_the_levers_alone() -> None:
     assert (baseline.optimizer.type, gemma.optimizer.type) == ("adamw", "muon")
     names = [name for name, _ in on_meta(baseline).named_parameters()]
     assert names == [name for name, _ in on_meta(gemma).named_parameters()]
+
+
+SMALL = ("model.vocab_size=300", "data.tokenizer.vocab_size=290", "model.hidden_size=32", "data.seq_len=1025")
+OFF = ("model.blocks.slide.0.sliding_window=null", "model.head.logit_softcap=null", "objective.z_loss_coef=0.0")
+
+
+def test_levers_that_are_off_change_no_bit_of_the_loss_and_its_gradients() -> None:
+    """At a width that is quick; the layers are the presets'."""
+    batch, found = random_batch(2, 24, seed=0), []
+    for name, changes in (("toy54m_baseline", ()), ("toy54m_gemma", OFF), ("toy54m_gemma", ())):
+        experiment = load(name, *SMALL, *changes)
+        model = build_model(experiment.model, 300, seed=0)
+        loss = experiment.objective.build().loss(model, batch).main
+        loss.backward()
+        found.append([loss, *(parameter.grad for parameter in model.parameters())])
+    plain, off, on = found
+    assert all(torch.equal(a, b) for a, b in zip(plain, off, strict=True))
+    assert not torch.equal(plain[0], on[0])
 
 
 @pytest.mark.parametrize("name", ["gemma3_tinystories_132m", "gemma3_270m"])

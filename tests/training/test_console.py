@@ -28,6 +28,7 @@ def test_numbers_are_readable():
         "loss 2.3457  lr 3.00e-04  grad norm 0.5  12.3k tokens/s  MFU 42 %  1.00 GiB  1:01:01 left"
     )
     assert describe({"loss": None, "time": {}}) == ""
+    assert describe({"loss": 1.5, "leaks_future": True, "time": {}}) == "loss 1.5000  (leaks_future)"
 
 
 def test_without_a_terminal_everything_is_a_plain_line_and_kept_in_the_log(tmp_path):
@@ -49,11 +50,18 @@ def test_on_a_terminal_there_is_a_bar_with_the_numbers(tmp_path, monkeypatch):
         console.start_progress(0, 10)
         console.show(2, 10, LINE)
         console.say("hello")
+        console.show(3, 10, {**LINE, "leaks_future": True})
     console.say("afterwards")
-    assert "2/10" in stream.getvalue()
+    assert "3/10" in stream.getvalue()
+    assert "left  (leaks_future)" in stream.getvalue()
     assert "loss 2.3457" in stream.getvalue()
     assert "hello" in stream.getvalue()
-    assert (tmp_path / "train.log").read_text().splitlines() == [f"step 2/10  {describe(LINE)}", "hello", "afterwards"]
+    assert (tmp_path / "train.log").read_text().splitlines() == [
+        f"step 2/10  {describe(LINE)}",
+        "hello",
+        f"step 3/10  {describe(LINE)}  (leaks_future)",
+        "afterwards",
+    ]
 
 
 @pytest.mark.fault
