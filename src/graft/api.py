@@ -98,7 +98,6 @@ def train(
         Preempted, Interrupted, DivergedError, ResourceError, DataError, CheckpointError, ConfigError.
     """
     from graft.config.advice import warnings
-    from graft.report.page import write_report
     from graft.training.resume import parse_resume
     from graft.training.session import Options, train_run
 
@@ -110,9 +109,18 @@ def train(
         advice=warnings(experiment),
         sampler=None if experiment.model.bidirectional else _sampler(experiment),
         stream=stream,
-        finish=write_report,
+        finish=_report,
     )
     return train_run(experiment, options)
+
+
+def _report(run_dir: Path) -> None:
+    """The page of a run that just ended; counting is done again, for a resumed run may be scored on other text."""
+    from graft.report import baselines
+    from graft.report.page import write_report
+
+    (run_dir / baselines.FILE).unlink(missing_ok=True)
+    write_report(run_dir)
 
 
 def _sampler(experiment: Experiment) -> Callable[[Run], list[str]]:

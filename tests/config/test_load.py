@@ -104,6 +104,25 @@ CASES: list[tuple[dict[str, Any], list[str]]] = [
     ({"seed": True}, ["seed: must be a whole number, not true"]),
     ({"seed": 1.5}, ["seed: must be a whole number, not 1.5"]),
     ({"training.max_steps": 1e3}, ["training.max_steps: must be a whole number, not 1000; write 1000"]),
+    ({"training.max_steps": 1e300}, ["training.max_steps: must be a whole number, not 1e+300"]),
+    ({"optimizer.learning_rate": "nan"}, ["optimizer.learning_rate: must be a number, not 'nan'"]),
+    (
+        {"data.tokenizer": {"type": "bytes", "vocab_size:300": None, "vocab": 1}},
+        [
+            "data.tokenizer.vocab: unknown key; remove it",
+            "data.tokenizer.vocab_size:300: unknown key; write 'vocab_size: 300', with a blank after the colon",
+        ],
+    ),
+    ({"runtime.device": "tpu"}, ["runtime.device: 'tpu' is not allowed; auto | cpu | cuda | cuda:N | mps"]),
+    ({"runtime.device": "cuda:"}, ["runtime.device: 'cuda:' is not allowed; auto | cpu | cuda | cuda:N | mps"]),
+    (
+        {"data.source": {"type": "files", "path": ["a.txt", "*.md.zst"], "text_field": "body"}},
+        ["data.source.text_field: text_field does nothing for text files; remove it"],
+    ),
+    (
+        {"data.source": {"type": "files", "path": ["a.jsonl", "b.parquet"], "document": "line"}},
+        ["data.source.document: document does nothing for jsonl and parquet: a row is a document; remove it"],
+    ),
     ({"seed": None}, ["seed: must be a whole number, not null; remove the line to get the default"]),
     (  # a key named like the table's type: the type in an error's location is not that key
         {"model.norm": {"type": "dyt", "dyt": {}, "alpha_init": "x"}},

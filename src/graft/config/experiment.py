@@ -116,7 +116,7 @@ class LoggingConfig(Config):
 class RuntimeConfig(Config):
     """How the same numbers are computed: changing these never changes a run's id."""
 
-    device: str = knob("auto", "auto | cpu | cuda | cuda:N | mps")
+    device: str = knob("auto", "auto | cpu | cuda | cuda:N | mps", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     compile: bool = knob(False, "torch.compile each block (needs a C++ compiler); pays off after about a minute")
     activation_checkpointing: Literal["none", "block"] = knob(
         "none", "block: recompute each layer in the backward pass"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -162,6 +163,9 @@ def _explain_one(e: _Error, root: type[Config], data: Any) -> list[Issue]:
 
 def _unknown_key(path: Path, root: type[Config], data: Any) -> Issue:
     key = str(path[-1])
+    if ":" in key:  # in {type:mlp} YAML sees one key
+        fix = f"write '{key.replace(':', ': ', 1)}', with a blank after the colon"
+        return Issue(path, "unknown key", fix, "unknown key")
     cls = class_at(root, path[:-1], data)
     known = list(cls.model_fields) if cls is not None else []
     close = _closest(key, known)
@@ -171,7 +175,8 @@ def _unknown_key(path: Path, root: type[Config], data: Any) -> Issue:
     if elsewhere:
         fix = f"'{key}' belongs to {' or '.join(elsewhere)}"
     else:
-        fix = f"keys here: {', '.join(k for k in known if k != 'type')}" if known else "remove it"
+        others = [name for name in known if name != "type"]
+        fix = f"keys here: {', '.join(others)}" if others else "remove it"
     return Issue(path, "unknown key", fix, "unknown key")
 
 
@@ -250,7 +255,7 @@ def _meant(value: Any, words: list[str], literals: list[str], tags: Mapping[str,
     """What to do about a value of the wrong kind, for common mistakes; and the value that was meant, if clear."""
     if isinstance(value, str):
         return _meant_by_text(value, words, literals, tags)
-    if isinstance(value, float) and "a whole number" in words and value.is_integer():
+    if isinstance(value, float) and "a whole number" in words and value.is_integer() and abs(value) < 2**63:
         return f"write {int(value)}", int(value)
     return None, None
 
@@ -270,7 +275,8 @@ def _meant_by_text(
     for kind, word in ((int, "a whole number"), (float, "a number")):
         if word in words:
             with contextlib.suppress(ValueError):
-                return "remove the quotes", kind(value)
+                if math.isfinite(meant := kind(value)):
+                    return "remove the quotes", meant
     return None, None
 
 

@@ -138,6 +138,8 @@ class Session:
         if loaded is not None:
             restore_run(run, loaded, self.notices, allow_data_change=self.options.allow_data_change)
             self._go_on_from(loaded)
+            if run.step > run.max_steps:
+                self.notices.warn(run.step, f"the run ends at step {run.max_steps}: nothing is left to train")
         self._write_files(run, runtime)
         with self._recording(run) as recorder:
             self._fit(run, recorder)

@@ -13,12 +13,9 @@ from typing import Any
 
 from graft.data.fingerprint import HASH, file_hash, fingerprint
 from graft.data.sources.base import BadRows, Document, Source
-from graft.data.sources.files_config import FilesSourceConfig
+from graft.data.sources.files_config import SUFFIXES, FilesSourceConfig, suffix_of
 from graft.data.sources.readers import READERS, Reading
 from graft.errors import DataError
-
-SUFFIXES = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
-"""Suffix (before ``.zst``) -> format, for ``format: auto``."""
 
 FRESH_S = 2.0
 """A file written less than this long ago is hashed again next time: its clock may not have moved between two writes."""
@@ -61,7 +58,7 @@ class FilesSource(Source):
             root = Path(os.path.commonpath([p.parent for p in inside])) if inside else path
         else:
             raise DataError("there is no such file or folder", where=pattern, fix="correct data.source.path")
-        wanted = [p for p in inside if self.config.format != "auto" or _suffix(p) in SUFFIXES]
+        wanted = [p for p in inside if self.config.format != "auto" or suffix_of(p) in SUFFIXES]
         if not wanted:
             raise DataError(
                 "no file matches" if not inside else f"none of the {len(inside)} files is of a known format",
@@ -76,10 +73,10 @@ class FilesSource(Source):
         if self.config.format != "auto":
             return self.config.format
         try:
-            return SUFFIXES[_suffix(path)]
+            return SUFFIXES[suffix_of(path)]
         except KeyError:
             raise DataError(
-                f"the suffix '{_suffix(path)}' says nothing about the format",
+                f"the suffix '{suffix_of(path)}' says nothing about the format",
                 where=str(path),
                 expected=", ".join(SUFFIXES),
                 fix="set data.source.format to text, jsonl or parquet",
@@ -134,10 +131,6 @@ class _KnownHashes:
         with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
             json.dump(self.table, file)
         os.replace(file.name, self.path)
-
-
-def _suffix(path: Path) -> str:
-    return Path(path.name.removesuffix(".zst")).suffix.lower()
 
 
 def _hidden(path: Path, root: Path) -> bool:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import PurePath
 from typing import Literal
 
 from graft.config.base import Problem, knob
 from graft.config.families import SourceConfig
+
+SUFFIXES = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+"""Suffix (before ``.zst``) -> format, for ``format: auto``."""
+
+
+def suffix_of(path: str | PurePath) -> str:
+    """The suffix that tells a file's format."""
+    return PurePath(PurePath(path).name.removesuffix(".zst")).suffix.lower()
 
 
 class FilesSourceConfig(SourceConfig):
@@ -24,7 +33,17 @@ class FilesSourceConfig(SourceConfig):
     )
 
     def problems(self) -> Iterator[Problem]:
-        if self.format in ("jsonl", "parquet") and self.document != "file":
-            yield Problem(("document",), f"document does nothing for {self.format}: a row is a document", "remove it")
-        if self.format == "text" and self.text_field != "text":
+        formats = self._formats()
+        if formats and "text" not in formats and self.document != "file":
+            words = " and ".join(sorted(formats))
+            yield Problem(("document",), f"document does nothing for {words}: a row is a document", "remove it")
+        if formats == {"text"} and self.text_field != "text":
             yield Problem(("text_field",), "text_field does nothing for text files", "remove it")
+
+    def _formats(self) -> set[str]:
+        """The formats of all files, as far as their names in the config tell; empty when they do not."""
+        if self.format != "auto":
+            return {self.format}
+        given = (self.path,) if isinstance(self.path, str) else self.path
+        formats = {SUFFIXES.get(suffix_of(path)) for path in given}
+        return {known for known in formats if known is not None} if None not in formats else set()
