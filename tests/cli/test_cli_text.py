@@ -118,6 +118,8 @@ def test_generate_says_what_is_wrong(folder: Path, capsys: pytest.CaptureFixture
     output(capsys, "generate", str(folder.parent / "no"), code=ExitCode.CHECKPOINT)
     output(capsys, "generate", str(folder), "--temperature", "0", "--top-k", "3", code=ExitCode.CONFIG)
     output(capsys, "generate", str(folder), "--dtype", "int8", code=ExitCode.CONFIG)
+    assert run(["generate", str(folder), "--prompt", "a", "--max-new-tokens", "0"]) == ExitCode.CONFIG
+    assert capsys.readouterr().out == "", "not even the prompt is written"
 
 
 def test_generate_notes_texts_longer_than_trained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

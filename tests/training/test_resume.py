@@ -101,6 +101,13 @@ def test_a_directory_that_holds_a_run_is_refused_unless_resumed(tiny, tmp_path):
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 6, "a finished run trains nothing and logs nothing"
 
 
+def test_a_run_that_failed_before_its_first_step_is_started_again(tiny, tmp_path):
+    with pytest.raises(DataError, match="less than one row"):
+        train(tiny("training.max_steps=4", "data.seq_len=50000"), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    assert train(tiny("training.max_steps=4"), tmp_path / "run").step == 4
+
+
 def test_resume_takes_a_word_or_a_checkpoint(tiny, tmp_path):
     with pytest.raises(ConfigError, match="auto, never or the path"):
         train(tiny(), tmp_path / "run", resume="yes")

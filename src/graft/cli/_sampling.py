@@ -14,7 +14,7 @@ Run = Annotated[str, typer.Argument(help="Run directory (its newest valid checkp
 Best = Annotated[bool, typer.Option("--best", help="Use the checkpoint with the lowest held-out loss.")]
 Device = Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:N | mps")]
 Dtype = Annotated[str, typer.Option(help="Weights in fp32 or bf16; bf16 halves memory and is faster where supported.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Most tokens added.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Most tokens added.", min=1)]
 Temperature = Annotated[
     float | None, typer.Option(help="0 = always the most likely token; default 0.8, with --top-k 50 if nothing is set.")
 ]

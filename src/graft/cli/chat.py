@@ -21,7 +21,8 @@ HELP = "/reset forgets everything, /quit (or the end of input) leaves"
 def chat(
     run: arguments.Run,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of one answer (default: half the training length, at most 200).")
+        int | None,
+        typer.Option(help="Most tokens of one answer (default: half the training length, at most 200).", min=1),
     ] = None,
     temperature: arguments.Temperature = None,
     top_k: arguments.TopK = None,

@@ -91,7 +91,8 @@ def _refuse_existing(folder: Path, resume: Resume) -> None:
     if resume != "never":
         return
     status = RunDirectory(folder).read_status()
-    if status is None and not any(folder.glob("checkpoints/step-*")):
+    nothing_yet = status is None or (status.state != "running" and status.step == 0)  # it never came to a step
+    if nothing_yet and not any(folder.glob("checkpoints/step-*")):
         return
     how = f"{status.state} at step {status.step}" if status else "unfinished"
     raise CheckpointError(
