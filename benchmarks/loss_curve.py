@@ -18,7 +18,10 @@ from graft.data.tokenizers.bpe_config import BpeTokenizerConfig
 from graft.model import build_model
 
 STEPS, ROWS, SEQ_LEN, VOCAB = 200, 8, 128, 50257
-RATE, WARMUP = 5e-4, 20
+RATE, WARMUP = 1e-4, 20
+"""The preset's rate is meant for batches of 131,072 tokens. With 1024 it makes training so unstable that differences in
+the last bit of bf16 grow into whole per cents (at 5e-4: up to 0.53 % in means of 20 steps, in either direction)."""
+
 SMOOTHED = 20
 
 
