@@ -166,6 +166,19 @@ def test_errors_as_json(config: str, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(out)["errors"][0]["problem"] == "the config does not exist"
 
 
+def test_what_only_building_the_model_shows_is_an_error_as_json_too(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixing = ["model.blocks.b.0.value_residual=true", "model.overrides={1: {attention.num_heads: 1}}"]
+    code, out, err = run(capsys, "check", config, "--json", *mixing)
+    (error,) = json.loads(out)["errors"]
+    assert (code, err) == (2, "")
+    assert (error["path"], error["line"]) == ("value_residual", None)
+    assert error["problem"].startswith("a layer with value heads")
+    assert error["fix"].startswith("give all layers with a value residual the same")
+    assert run(capsys, "check", config, *mixing)[0] == 2
+
+
 def test_schema_is_printed_or_written(config: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, out, _ = run(capsys, "schema")
     assert code == 0

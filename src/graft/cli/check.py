@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graft.cli._options import Config, Json, Overrides, console, print_json
-from graft.errors import ExitCode
+from graft.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
     from graft.config.experiment import Experiment
@@ -29,24 +29,15 @@ def check(
 ) -> None:
     """Validate a config, and price it: parameters, FLOPs, memory, decode state."""
     from graft.config.load import load_experiment
-    from graft.config.report import ConfigProblems
 
     try:
         experiment = load_experiment(config, overrides or ())
-    except ConfigProblems as error:
+        report, text, advice = _report(experiment, static=static)
+    except ConfigError as error:
         if not as_json:
             raise
-        print_json({"valid": False, "errors": error.to_json()})
+        print_json({"valid": False, "errors": _errors(error)})
         raise typer.Exit(error.exit_code) from None
-    report = _facts(experiment)
-    text = f"{report['max_steps']} steps of {report['tokens_per_step']} tokens"
-    advice: list[str] = report["warnings"]
-    if not static:
-        from graft.cost import price
-
-        cost = price(experiment)
-        report |= {**cost.to_dict(), "warnings": [*advice, *cost.warnings]}
-        text = cost.render()
     verdicts = _examine(experiment) if contracts else []
     if contracts:
         report["contracts"] = [asdict(verdict) for verdict in verdicts]
@@ -62,6 +53,28 @@ def check(
             out.print(f"warning: {line}", style="yellow")
     if any(verdict.problem for verdict in verdicts):
         raise typer.Exit(ExitCode.INTERNAL)
+
+
+def _report(experiment: Experiment, *, static: bool) -> tuple[dict[str, Any], str, list[str]]:
+    """What is printed as JSON, the text, and the advice below it. Raises ConfigError when no model can be built."""
+    report = _facts(experiment)
+    advice: list[str] = report["warnings"]
+    if static:
+        return report, f"{report['max_steps']} steps of {report['tokens_per_step']} tokens", advice
+    from graft.cost import price
+
+    cost = price(experiment)
+    return report | {**cost.to_dict(), "warnings": [*advice, *cost.warnings]}, cost.render(), advice
+
+
+def _errors(error: ConfigError) -> list[dict[str, Any]]:
+    from graft.config.report import ConfigProblems
+
+    if isinstance(error, ConfigProblems):
+        return error.to_json()
+    # what only building the model shows has no line of its own
+    fix = "; ".join(filter(None, (error.expected and f"expected {error.expected}", error.fix))) or None
+    return [{"file": None, "line": None, "col": None, "path": error.where, "problem": error.problem, "fix": fix}]
 
 
 def _examine(experiment: Experiment) -> list[Verdict]:
