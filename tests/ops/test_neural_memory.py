@@ -39,7 +39,7 @@ def pieces(w: Writing, first: int, last: int) -> Writing:
     return Writing(*(x[:, :, first:last] for x in w))
 
 
-def run(w: Writing, start, segments=None, *, chunk=4, kernels: Any = "auto", memory=None, documents=None):
+def run(w: Writing, start, segments=None, *, chunk=4, kernels: Any = "auto", memory=None, documents=None, most=None):
     T = w.k_BNCH.shape[2]
     if segments is not None:
         documents = find_documents(segments)
@@ -50,6 +50,7 @@ def run(w: Writing, start, segments=None, *, chunk=4, kernels: Any = "auto", mem
         documents,
         length=T,
         chunk_size=chunk,
+        max_surprise=most,
         kernels=kernels,
     )
 
@@ -69,14 +70,15 @@ ROWS = torch.tensor(
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("packed", [True, False])
-def test_chunks_equal_the_recurrence_in_values_gradients_and_memory(depth, packed):
+@pytest.mark.parametrize("most", [None, 1.5])
+def test_chunks_equal_the_recurrence_in_values_gradients_and_memory(depth, packed, most):
     T = ROWS.shape[1]
     start, w = weights(depth), writing(T)
     x = leaves(w, start)
     results = []
     for kernels in ("auto", "reference"):
         segments = ROWS if packed else (None if kernels == "auto" else torch.ones(B, T, dtype=torch.int64))
-        y, memory = run(w, start, segments, kernels=kernels)
+        y, memory = run(w, start, segments, kernels=kernels, most=most)
         real = (ROWS != 0)[:, None, :, None] if packed else torch.ones(B, 1, T, 1, dtype=torch.bool)
         y = torch.where(real, y, 0.0)
         loss = (y.sin()).sum() + sum(m.cos().sum() for m in (*memory.weights, *memory.momentum))
@@ -113,6 +115,20 @@ def test_the_surprise_is_autograds_gradient_of_the_associative_loss(depth):
     each = vmap(vmap(vmap(grad(loss), (None, 0, 0)), 0), 0)(rows, w.k_BNCH, w.v_BNCH)
     for a, delta, wanted in zip(*found, each, strict=True):
         torch.testing.assert_close(a[..., :, None] * delta[..., None, :], wanted, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_long_gradients_are_shortened_and_short_ones_are_not(depth):
+    rows, w = weights(depth, B), writing(30)
+    plain, short = (surprise((Base(rows, None),), w.k_BNCH, w.v_BNCH, most) for most in (None, 4.0))
+    found, wanted = (
+        torch.cat([(a[..., :, None] * delta[..., None, :]).flatten(-2) for a, delta in zip(*s, strict=True)], -1)
+        for s in (short, plain)
+    )
+    lengths = wanted.norm(dim=-1, keepdim=True)
+    assert (lengths > 4).any()
+    assert (lengths < 4).any()
+    torch.testing.assert_close(found, wanted * (4 / lengths).clamp_max(1))
 
 
 def by_equations(w: Writing, start, chunk: int):

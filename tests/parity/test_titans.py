@@ -46,7 +46,12 @@ double = torch.float64
 def our_memory(depth: int, chunk_size: int) -> NeuralMemory:
     """With random weights."""
     titans = {"type": "titans", "num_heads": N, "head_dim": H, "position": {"type": "none"}, "chunk_size": chunk_size}
-    memory = {"memory_depth": depth, "memory_intermediate_size": 5 if depth > 1 else None, "max_memory_step": MAX_STEP}
+    memory = {
+        "memory_depth": depth,
+        "memory_intermediate_size": 5 if depth > 1 else None,
+        "max_memory_step": MAX_STEP,
+        "max_surprise": None,
+    }
     part = our_layer(D, {**titans, **memory})
     assert isinstance(part, Titans)
     for parameter in part.memory.parameters():

@@ -28,6 +28,7 @@ from graft.contracts.registry import contracts_for
 from graft.contracts.subject import Subject
 from graft.errors import ConfigError
 from graft.initialization import initialize
+from graft.model import build_model
 from graft.objectives.causal_lm_config import CausalLMConfig
 from graft.part import Context, Part, parameter_roles, tensors_of
 from graft.token_mixers.attention import Attention
@@ -99,6 +100,19 @@ def test_bf16_stays_near(form):
         rounded = part(x, context(2, 19)).y
     assert rounded.dtype == torch.bfloat16
     assert (rounded - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+@pytest.mark.parametrize("fields", [{"form": "mac"}, {"form": "mag", "sliding_window": 64}], ids=["mac", "mag"])
+@pytest.mark.parametrize("kinds", [1, 2, 64])
+def test_text_that_repeats_itself_stays_finite(fields, kinds):
+    """At the start, with the defaults: without `max_surprise` the steps of a chunk overshoot, each time by more."""
+    mixer = {"type": "titans", "num_heads": 8, "position": {"type": "rope"}, **fields}
+    data = {"hidden_size": 512, "num_layers": 1, "norm": {"type": "rms_norm"}, "blocks": {"b": [mixer]}}
+    model = build_model(ModelConfig.model_validate(data), 64, seed=0)
+    y = model.features((torch.arange(1536) * 37 % kinds)[None]).x_BTD
+    y.square().sum().backward()
+    assert y.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def test_a_memory_reaches_past_the_attention():

@@ -109,6 +109,8 @@ class Equations:
         here = [w.clone() for w in self.base]  # the gradient at given k and v, which in mac come from the memory too
         loss = (self.apply(here, k) - v).square().sum()
         pushed = torch.autograd.grad(loss, here, create_graph=True)
+        length = torch.cat([g.flatten(-2) for g in pushed], -1).norm(dim=-1)[..., None, None]
+        pushed = [g * (self.config.max_surprise / length).clamp_max(1.0) for g in pushed]
         theta = self.config.max_memory_step * step
         self.momentum = [eta * s - theta * g for s, g in zip(self.momentum, pushed, strict=True)]
         self.weights = [(1 - alpha) * w + s for w, s in zip(self.weights, self.momentum, strict=True)]

@@ -36,6 +36,7 @@ def scan(
     *,
     length: int,
     chunk_size: int,
+    max_surprise: float | None = None,
     kernels: Literal["auto", "reference"] = "auto",
 ) -> tuple[Tensor, Memory]:
     """Reads and writes ``length`` columns of a row.
@@ -47,6 +48,7 @@ def scan(
         documents: of all columns; None = one document without padding, which begins at the first column.
         length: columns.
         chunk_size: tokens of a document that share their gradients' weights.
+        max_surprise: the greatest length of a token's gradient; longer ones are shortened to it. None = any.
         kernels: ``reference`` goes token by token.
 
     Returns:
@@ -63,7 +65,7 @@ def scan(
             return propose(bases, first, last)
 
         columns = None if documents is None else columns_of(documents, first, last, chunk_size)
-        y, memory = step(propose_here, memory, start, columns)
+        y, memory = step(propose_here, memory, start, columns, max_surprise)
         read.append(y)
     return torch.cat(read, dim=2), memory
 

@@ -127,15 +127,24 @@ def evaluate(bases: Bases, x_BNCH: Tensor) -> Tensor:
         return _forward(bases, x_BNCH)[0]
 
 
-def surprise(bases: Bases, k_BNCH: Tensor, v_BNCH: Tensor) -> Surprise:
-    """The gradient of ``‖f(M; k) − v‖²`` at every column, by the chain rule."""
+def surprise(bases: Bases, k_BNCH: Tensor, v_BNCH: Tensor, most: float | None = None) -> Surprise:
+    """The gradient of ``‖f(M; k) − v‖²`` at every column, by the chain rule, shortened to a length of ``most``."""
     y, inputs, before = _forward(bases, k_BNCH)
     deltas = [2.0 * (y - v_BNCH)]
     for layer in range(len(inputs) - 1, 0, -1):
         back = _through(bases, layer, deltas[0], transpose=True)
         gate = before[layer - 1].sigmoid()
         deltas.insert(0, back * gate * (1.0 + before[layer - 1] * (1.0 - gate)))
+    if most is not None:
+        squares = (a.square().sum(-1) * d.square().sum(-1) for a, d in zip(inputs, deltas, strict=True))
+        shorter = shortening(sum(squares, start=torch.zeros_like(y[..., 0])), most)[..., None]
+        deltas = [delta * shorter for delta in deltas]
     return Surprise(tuple(inputs), tuple(deltas))
+
+
+def shortening(squares: Tensor, most: float) -> Tensor:
+    """The factor that takes a gradient of this squared length to a length of at most ``most``."""
+    return most / squares.clamp_min(most**2).sqrt()
 
 
 def _forward(bases: Bases, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -160,7 +169,9 @@ def _through(bases: Bases, layer: int, x: Tensor, *, transpose: bool = False) ->
     return total
 
 
-def advance(propose: Propose, memory: Memory, start: Weights, columns: Columns | None) -> tuple[Tensor, Memory]:
+def advance(
+    propose: Propose, memory: Memory, start: Weights, columns: Columns | None, max_surprise: float | None = None
+) -> tuple[Tensor, Memory]:
     """What up to C columns read, and the memory after them.
 
     Without ``columns`` a chunk of a document begins at the first column and all are real. Otherwise at most one chunk
@@ -173,6 +184,7 @@ def advance(propose: Propose, memory: Memory, start: Weights, columns: Columns |
         memory: before them.
         start: the learned start, one tensor [1, N, in, out] per layer.
         columns: where documents and chunks begin.
+        max_surprise: the greatest length of a column's gradient, over all layers; longer ones are shortened to it.
 
     Returns:
         [B, N, C, H], and the memory after the last column.
@@ -180,17 +192,17 @@ def advance(propose: Propose, memory: Memory, start: Weights, columns: Columns |
     if columns is None:
         writing, bases = _asked(propose, (Base(memory.weights, None),))
         with full_precision(writing.k_BNCH.device):
-            return _read_and_move(writing, bases, memory, start, None)
+            return _read_and_move(writing, bases, memory, start, None, max_surprise)
     old_BC, fresh_BC = columns.run_BC == 0, columns.run_BC > 0
     writing, bases = _asked(propose, (Base(memory.base, old_BC), Base(start, fresh_BC)))
     with full_precision(writing.k_BNCH.device):
         shares = _shares(writing, columns)
-        found = surprise(bases, writing.k_BNCH, writing.v_BNCH)
+        found = surprise(bases, writing.k_BNCH, writing.v_BNCH, max_surprise)
         border = _weights_before(columns.begins_BC, shares, found, memory)
     new_BC = (columns.begins_BC.cumsum(1) > 0) & old_BC
     writing, bases = _asked(propose, (Base(memory.base, old_BC & ~new_BC), Base(border, new_BC), Base(start, fresh_BC)))
     with full_precision(writing.k_BNCH.device):
-        return _read_and_move(writing, bases, memory, start, columns)
+        return _read_and_move(writing, bases, memory, start, columns, max_surprise)
 
 
 def _asked(propose: Propose, bases: Bases) -> tuple[Writing, Bases]:
@@ -231,11 +243,11 @@ def _sum_before(sum_BNC: Tensor, run_BC: Tensor) -> Tensor:
 
 
 def _read_and_move(
-    writing: Writing, bases: Bases, memory: Memory, start: Weights, columns: Columns | None
+    writing: Writing, bases: Bases, memory: Memory, start: Weights, columns: Columns | None, max_surprise: float | None
 ) -> tuple[Tensor, Memory]:
     """What the columns read with their own M_t, and M, S and the chunk's beginning after the last of them."""
     shares = _shares(writing, columns)
-    found = surprise(bases, writing.k_BNCH, writing.v_BNCH)
+    found = surprise(bases, writing.k_BNCH, writing.v_BNCH, max_surprise)
     fresh_BC = None if columns is None else columns.run_BC > 0
     x = writing.q_BNCH
     for layer, (a, delta) in enumerate(zip(*found, strict=True)):

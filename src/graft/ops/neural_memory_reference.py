@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graft.ops.autocast import full_precision
-from graft.ops.neural_memory_chunk import Base, Columns, Memory, Propose, Weights
+from graft.ops.neural_memory_chunk import Base, Columns, Memory, Propose, Weights, shortening
 
 
-def reference_step(propose: Propose, memory: Memory, start: Weights, columns: Columns | None) -> tuple[Tensor, Memory]:
+def reference_step(
+    propose: Propose, memory: Memory, start: Weights, columns: Columns | None, max_surprise: float | None = None
+) -> tuple[Tensor, Memory]:
     """`advance` for one column, as the equations say: all weights, the gradient as autograd would give it."""
     assert columns is not None
     assert columns.run_BC.shape[1] == 1, "one column"
@@ -21,6 +23,9 @@ def reference_step(propose: Propose, memory: Memory, start: Weights, columns: Co
     writing = propose((Base(base, None),))
     with full_precision(writing.k_BNCH.device):
         gradient = _gradient(base, writing.k_BNCH, writing.v_BNCH)
+        if max_surprise is not None:
+            squares = torch.stack([g.square().sum((-2, -1), keepdim=True) for g in gradient]).sum(0)
+            gradient = tuple(g * shortening(squares, max_surprise) for g in gradient)
         step, eta, keep = (
             x[..., None] for x in (writing.step_BNC, writing.log_momentum_BNC.exp(), writing.log_keep_BNC.exp())
         )

@@ -59,7 +59,8 @@ class Titans(Part):
     each with the gradient at the weights with which *its* chunk began. Chunks count from the document's first token, so
     a document computes the same alone, packed and in any pieces.
 
-    Deviations, all forms: a memory per head, of head_dim channels; bounded gates (sigmoids), θ below max_memory_step;
+    Deviations, all forms: a memory per head, of head_dim channels; bounded gates (sigmoids), θ below max_memory_step,
+    gradients no longer than max_surprise per token and head, without which a memory overshoots where tokens repeat;
     silu between the memory's layers and no residual inside; persistent tokens are keys and values of the attention
     (`PersistentTokens`) and are not written to the memory, whose learned start plays that role. Joined outputs are
     ``norm(y) ⊙ σ(norm(m))``: the paper names a non-linearity without saying which. Persistent keys stand at distance 0

@@ -62,6 +62,13 @@ class TitansConfig(TokenMixerConfig):
         le=1.0,
         only_if=WITH_MEMORY,
     )
+    max_surprise: float | None = knob(
+        1.0,
+        "greatest length of a token's gradient, per head; longer ones are shortened to it, or else the steps of a "
+        "chunk overshoot where tokens repeat, and the memory leaves the range of numbers; null = any (the paper)",
+        gt=0.0,
+        only_if=WITH_MEMORY,
+    )
     conv_size: int | None = knob(
         None,
         "taps of convolutions on the memory's q, k and v (the paper's option), centred in an encoder; null = none",

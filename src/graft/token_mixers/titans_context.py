@@ -95,8 +95,9 @@ class MemoryAsContext(Titans):
 
         length, start = segments.q_BTNH.shape[1], self.memory.start()
         read_BNTH, memory = scan(
-            propose, memory, start, documents, length=length, chunk_size=self.chunk_size, kernels=self.kernels
-        )
+            propose, memory, start, documents, length=length, chunk_size=self.chunk_size,
+            max_surprise=self.memory.max_surprise, kernels=self.kernels,
+        )  # fmt: skip
         return torch.cat(list(said.values()), dim=1), read_BNTH.transpose(1, 2).flatten(-2), memory
 
     def _reach(self, q_BTNH: Tensor, documents: Documents | None, state: TitansState | None) -> Reach | None:

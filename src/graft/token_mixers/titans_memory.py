@@ -70,6 +70,7 @@ class NeuralMemory(nn.Module):
         super().__init__()
         N, D, size = config.num_heads, site.hidden_size, config.num_heads * head_dim
         self.num_heads, self.chunk_size, self.max_step = N, config.chunk_size, config.max_memory_step
+        self.max_surprise = config.max_surprise
         between = config.memory_intermediate_size or head_dim
         self.sizes = [head_dim, *[between] * (config.memory_depth - 1), head_dim]
         self.q_proj = site.make_linear(D, size, role="titans")
@@ -159,8 +160,9 @@ class NeuralMemory(nn.Module):
 
         length = writing.k_BNCH.shape[2]
         y_BNTH, memory = scan(
-            propose, memory, self.start(), documents, length=length, chunk_size=self.chunk_size, kernels=kernels
-        )
+            propose, memory, self.start(), documents, length=length, chunk_size=self.chunk_size,
+            max_surprise=self.max_surprise, kernels=kernels,
+        )  # fmt: skip
         return y_BNTH.transpose(1, 2).flatten(-2), memory
 
     def scan_flops(self, seq_len: int) -> int:
