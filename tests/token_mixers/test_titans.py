@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -213,9 +215,13 @@ def test_cost_grows_with_the_length_alone(form):
     assert traced(part, 64) == 2 * traced(part, 32) == 4 * traced(part, 16)
 
 
+FADING = ({"type": "hope", "damping": 0.1}, {"type": "xpos", "scale_base": 4.0})
+
+
 @pytest.mark.parametrize("form", ["mac", "mag", "mal"])
-def test_hyperbolic_positions_hold_the_contracts_of_decoders(form: str) -> None:
-    part = {**FORMS[form], "type": "titans", "num_heads": 2, "position": {"type": "hope", "damping": 0.1}}
+@pytest.mark.parametrize("position", FADING, ids=["hope", "xpos"])
+def test_fading_positions_hold_the_contracts_of_decoders(form: str, position: dict[str, Any]) -> None:
+    part = {**FORMS[form], "type": "titans", "num_heads": 2, "position": position}
     blocks = {"layer": [part, {"type": "mlp", "intermediate_size": 16}]}
     model = {"hidden_size": 16, "num_layers": 2, "norm": {"type": "rms_norm"}, "blocks": blocks}
     subject = Subject(ModelConfig.model_validate(model), CausalLMConfig())

@@ -23,6 +23,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     **FORMS,
     "mac, hope": {"form": "mac", "position": HOPE, "memory_depth": 1},
     "mal, hope": {"form": "mal", "sliding_window": 3, "position": HOPE, "conv_size": 4},
+    "mag, xpos": {"form": "mag", "sliding_window": 3, "position": {"type": "xpos", "scale_base": 4.0}},
 }
 
 

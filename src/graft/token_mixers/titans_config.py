@@ -10,10 +10,6 @@ from graft.config.families import Norm, Position, TokenMixerConfig
 
 WITH_MEMORY = {"neural_memory": True}
 
-PLAIN_POSITIONS = ("rope", "alibi", "hope", "none")
-"""Positions that leave a key at distance 0 as it is, up to one change of channels for all: what keys without a position
-(the persistent ones) can stand beside."""
-
 
 class TitansConfig(TokenMixerConfig):
     """Titans (2501.00663): attention over a short reach, and a neural memory trained at test time for the rest."""
@@ -34,7 +30,7 @@ class TitansConfig(TokenMixerConfig):
         "reach is chunk_size)",
         ge=1,
     )
-    position: Position = knob(doc="how positions enter the attention; with a memory {type: rope | alibi | hope | none}")
+    position: Position = knob(doc="how positions enter the attention")
     qk_norm: Norm | None = knob(None, "norm on the attention's q and k per head, before positions; null = none")
     num_persistent_tokens: int = knob(
         4, "learned keys and values every query sees, 0 or more; no positions", ge=0, only_if=WITH_MEMORY
@@ -82,13 +78,6 @@ class TitansConfig(TokenMixerConfig):
             yield Problem(("position",), f"{tag} acts on embeddings", "set model.embedding.position instead")
         if not self.neural_memory:
             return
-        tag = getattr(self.position, "type", "")
-        if self.position.acts_in != "embedding" and tag not in PLAIN_POSITIONS:
-            yield Problem(
-                ("position",),
-                f"{tag} does not work beside persistent keys, which have no position",
-                f"use one of {', '.join(PLAIN_POSITIONS)}, or neural_memory: false",
-            )
         yield from self._reach_problems()
         if self.memory_depth == 1 and self.memory_intermediate_size is not None:
             yield Problem(
