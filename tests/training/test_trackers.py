@@ -83,10 +83,14 @@ def test_tensorboard_files_hold_the_numbers(tmp_path):
     assert scalars == [(3, "train/loss", 2.5)]
 
 
-def test_offline_wandb_stays_in_the_run_directory(tmp_path, tiny):
-    folder = tmp_path / "run-1"
-    folder.mkdir()
-    tracker = WandbTracker(folder, WandbConfig(), tiny())
-    tracker.log(1, {"train/loss": 2.5})
-    tracker.close()
-    assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+def test_offline_wandb_stays_in_the_run_directory_and_directories_of_one_name_are_apart(tmp_path, tiny):
+    folders = [tmp_path / place / "run-1" for place in ("here", "there")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        for _ in ("started", "resumed"):
+            tracker = WandbTracker(folder, WandbConfig(), tiny())
+            tracker.log(1, {"train/loss": 2.5})
+            tracker.close()
+    ids = [{file.stem.split("-")[1] for file in folder.glob("wandb/offline-run-*/*.wandb")} for folder in folders]
+    assert [len(found) for found in ids] == [1, 1]
+    assert ids[0] != ids[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,8 +54,17 @@ class TensorBoardTracker:
         self._writer.close()
 
 
+def _kept_id(file: Path) -> str:
+    if not file.exists():
+        file.write_text(secrets.token_hex(4))
+    return file.read_text()
+
+
 class WandbTracker:
-    """A Weights & Biases run named after the run directory; a resumed run continues it under the same id."""
+    """A Weights & Biases run named after the run directory; a resumed run continues it under the same id.
+
+    The id is drawn once and kept in ``run_dir/wandb_id``: directories of one name may stand in several places.
+    """
 
     name = "Weights & Biases"
 
@@ -68,7 +78,7 @@ class WandbTracker:
             mode=config.mode,
             dir=str(folder),
             name=folder.name,
-            id=folder.name,
+            id=_kept_id(folder / "wandb_id"),
             resume="allow" if config.mode == "online" else None,
             config=experiment.to_dict(),
             settings=wandb.Settings(silent=True, disable_git=True, disable_code=True),
