@@ -64,3 +64,21 @@ def test_a_mix_with_and_without_bias_is_not_joined(compiling: None) -> None:
     linears, x = nn.ModuleList([*maps(bias=True), *maps(bias=False)]), torch.randn(3, 4)
     compiled = torch.compile(lambda y: joint_linear(y, list(linears)), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), tuple(linear(x) for linear in linears))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_under_autocast_matrices_are_rounded_before_they_are_put_together(compiling: None, bias: bool) -> None:
+    linears, x = maps(bias=bias), torch.randn(2, 6, 4, requires_grad=True)
+    joined: list[torch.dtype] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        joined.extend(n.meta["example_value"].dtype for n in graph.graph.nodes if n.target is torch.cat)
+        return graph
+
+    compiled = torch.compile(lambda y: joint_linear(y, list(linears)), backend=backend, fullgraph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outs, expected = compiled(x), tuple(linear(x) for linear in linears)
+    assert joined == [torch.bfloat16] * (1 + bias)
+    torch.testing.assert_close(outs, expected)
+    for found, wanted in zip(gradients(outs, x, linears), gradients(expected, x, linears), strict=True):
+        assert (found - wanted).norm() < 0.02 * wanted.norm()  # one rounded sum instead of three

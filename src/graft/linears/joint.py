@@ -25,9 +25,6 @@ def joint_linear(x: Tensor, maps: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     alike = len(weights) == len(maps) and len(biases) in (0, len(maps))
     if not alike or not torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return tuple(m(x) for m in maps)
-    weight, bias = (
-        torch.cat([matmul_operand(t) for t in tensors]) if tensors else None for tensors in (weights, biases)
-    )
-    assert weight is not None
-    y = nn.functional.linear(x, weight, bias)
-    return y.split([weight.shape[0] for weight in weights], dim=-1)
+    weight = torch.cat([matmul_operand(w) for w in weights])
+    bias = torch.cat([matmul_operand(b) for b in biases]) if biases else None
+    return nn.functional.linear(x, weight, bias).split([w.shape[0] for w in weights], dim=-1)

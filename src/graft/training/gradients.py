@@ -47,21 +47,22 @@ def make_dense(table: nn.Parameter) -> None:
 def global_norm(values: list[Tensor]) -> Tensor:
     """The norm of all gradients together, a scalar on their device.
 
-    On a CPU large tensors are reduced row by row first: PyTorch's norm of a whole tensor reads memory half as fast.
+    On a CPU large tensors of long rows are reduced row by row first: PyTorch takes the norm of a whole tensor with one
+    thread, those of rows with all.
     """
-    return get_total_norm([_row_norms(v) if _wide_on_cpu(v) else v for v in values])
+    return get_total_norm([torch.linalg.vector_norm(v, dim=-1) if _row_by_row(v) else v for v in values])
 
 
 ROW_BY_ROW_FROM = 2**16
 """Numbers from which a gradient's norm is taken row by row on a CPU."""
 
+SHORTEST_ROW = 64
+"""Channels from which that pays: shorter rows leave too many norms to add up."""
 
-def _wide_on_cpu(values: Tensor) -> bool:
-    return values.device.type == "cpu" and values.dim() > 1 and values.numel() >= ROW_BY_ROW_FROM
 
-
-def _row_norms(values: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(values, dim=-1)
+def _row_by_row(values: Tensor) -> bool:
+    large = values.numel() >= ROW_BY_ROW_FROM and values.dim() > 1
+    return large and values.shape[-1] >= SHORTEST_ROW and values.device.type == "cpu"
 
 
 def scale_to_norm(values: list[Tensor], largest: float, norm: Tensor) -> None:

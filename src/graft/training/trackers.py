@@ -55,9 +55,11 @@ class TensorBoardTracker:
 
 
 def _kept_id(file: Path) -> str:
-    if not file.exists():
-        file.write_text(secrets.token_hex(4))
-    return file.read_text()
+    kept = file.read_text() if file.exists() else ""  # empty: the process died between making and writing it
+    if not kept:
+        kept = secrets.token_hex(4)
+        file.write_text(kept)
+    return kept
 
 
 class WandbTracker:
