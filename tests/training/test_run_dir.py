@@ -236,6 +236,7 @@ def test_a_lock_file_in_any_state_is_no_obstacle_when_nobody_holds_it(tmp_path, 
     (tmp_path / "lock").write_bytes(text)
     lock = RunLock(tmp_path / "lock")
     lock.acquire()
+    assert lock.held
     lock.release()
 
 
