@@ -90,9 +90,9 @@ def _refuse_existing(folder: Path, resume: Resume) -> None:
     """A directory that holds a run is never trained into by accident."""
     if resume != "never":
         return
-    status = RunDirectory(folder).read_status()
-    nothing_yet = status is None or (status.state != "running" and status.step == 0)  # it never came to a step
-    if nothing_yet and not any(folder.glob("checkpoints/step-*")):
+    directory = RunDirectory(folder)
+    status = directory.read_status()
+    if not _came_to_a_step(directory) and (status is None or status.state != "running"):
         return
     how = f"{status.state} at step {status.step}" if status else "unfinished"
     raise CheckpointError(
@@ -102,9 +102,20 @@ def _refuse_existing(folder: Path, resume: Resume) -> None:
     )
 
 
+def _came_to_a_step(directory: RunDirectory) -> bool:
+    """Whether the directory holds a run that has something to lose."""
+    status = directory.read_status()
+    return (status is not None and status.step > 0) or any(directory.checkpoints.glob("step-*"))
+
+
 @dataclass
 class Session:
-    """What `train_run` holds open while a run trains."""
+    """What `train_run` holds open while a run trains.
+
+    A directory that holds a run is *taken over* when it is certain that this command goes on with that run: its
+    checkpoint is loaded and belongs to the config and the data, and steps are left. What is refused before leaves
+    ``status.json`` to the run that wrote it; what fails later is that run's failure, and ``status.json`` says so.
+    """
 
     experiment: Experiment
     options: Options
@@ -114,8 +125,11 @@ class Session:
     store: CheckpointStore = field(init=False)
     _step: int = field(default=0, init=False)
     """Where the run starts from."""
+    _taken: bool = field(init=False)
+    """Whether ``status.json`` is this session's to write."""
 
     def __post_init__(self) -> None:
+        self._taken = not _came_to_a_step(self.directory)
         console = Console(self.directory.file("train.log"), self.options.stream)
         self.notices = Notices(EventsLog(self.directory.events), console)
         settings = self.experiment.checkpoint
@@ -133,14 +147,19 @@ class Session:
         runtime = configure_runtime(self.experiment.runtime, matmul_shape=_typical_matmul(self.experiment))
         self.store.sweep()
         loaded = self._find_checkpoint()
-        self.directory.write_status("running", self._step, "preparing", resumable=loaded is not None)
+        if self._taken:
+            self.directory.write_status("running", self._step, "preparing", resumable=loaded is not None)
         run = self.run = self._build(runtime)
         self._describe(run)
         if loaded is not None:
             restore_run(run, loaded, self.notices, allow_data_change=self.options.allow_data_change)
-            self._go_on_from(loaded)
             if run.step > run.max_steps:
                 self.notices.warn(run.step, f"the run ends at step {run.max_steps}: nothing is left to train")
+            if self._finished(run):
+                self.notices.console.say(f"the run is finished: restored from {loaded.path}")
+                return run
+            self._go_on_from(loaded)
+        self._taken = True
         self._write_files(run, runtime)
         with self._recording(run) as recorder:
             self._fit(run, recorder)
@@ -153,6 +172,11 @@ class Session:
             self.notices.console.say("there is no checkpoint to resume from: starting at step 0")
         self._step = 0 if loaded is None else loaded.step
         return loaded
+
+    def _finished(self, run: Run) -> bool:
+        """Whether the directory's run is done and the config asks for no more steps: there is nothing to take over."""
+        status = self.directory.read_status()
+        return status is not None and status.state == "done" and run.step >= run.max_steps
 
     def _write_files(self, run: Run, runtime: RuntimeReport) -> None:
         """What the directory says about the run; not before it is certain that the run goes on here."""
@@ -282,9 +306,18 @@ class Session:
             self.notices.events.close()
 
     def _end(self, state: RunState, reason: str, *, resumable: bool, code: int) -> None:
+        if not self._taken and self._status_still_true():
+            if reason:
+                self.notices.event("refused", self._step, {"reason": reason})
+            return
         step = self.run.step if self.run is not None and self.run.step else self._step
         self.notices.event("ended", step, {"state": state, "reason": reason})
         self.directory.write_status(state, step, reason, resumable=resumable, exit_code=int(code))
+
+    def _status_still_true(self) -> bool:
+        """False when the directory says that its run can be continued, and looking for a checkpoint found none."""
+        status = self.directory.read_status()
+        return status is None or not status.resumable or self._resumable()
 
     def _resumable(self) -> bool:
         return self.store.latest() is not None
