@@ -91,14 +91,11 @@ def matmul_precision(run: Run) -> str:
 
 
 def stepper(run: Run) -> Callable[[], float]:
-    """One training step under the run's own runtime settings; the settings of before come back, so that the peer's
-    turn is not touched by them. Returns the loss."""
-    precision = matmul_precision(run)
+    """One training step, in a process that from now on has the run's own runtime settings. Returns the loss."""
+    torch.set_float32_matmul_precision(matmul_precision(run))
 
     def step() -> float:
-        with runtime_restored():
-            torch.set_float32_matmul_precision(precision)
-            return float(train_step(run).loss)
+        return float(train_step(run).loss)
 
     return step
 

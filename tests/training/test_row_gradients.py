@@ -11,7 +11,7 @@ import torch
 
 from graft import api
 from graft.errors import CheckpointError, Preempted
-from graft.ops.row_gradients import mark_rows, rows_only, wants_rows
+from graft.ops.row_gradients import rows_only
 from graft.training.gradients import ROW_BY_ROW_FROM, global_norm, gradient_values, scale_to_norm
 from graft.training.guard import Verdict, first_non_finite
 from graft.training.step import train_step
@@ -42,22 +42,22 @@ def gradients(run) -> torch.Tensor:
     batches = run.next_microbatches()
     for batch in batches:
         terms = run.loss(batch)
-        run.precision.scale(terms.main / sum(b.num_targets for b in batches)).backward()
+        run.backward(terms.main / sum(b.num_targets for b in batches))
     return run.gradient_norm()
 
 
-def test_a_tied_tables_look_up_adds_its_rows_to_the_heads_gradient(tiny):
+def test_a_tied_tables_look_ups_are_kept_apart_and_added_to_the_heads_gradient(tiny):
     steps = [[random_batch(2, 16, seed=s) for s in (1, 2)]]
     experiment = tiny("model.head.tie_word_embeddings=true", *PEER[:2])  # without dropout
     run, plain = bare_run(experiment, steps), bare_run(experiment, steps)
-    mark_rows(plain.model.embedding.weight, False)
-    looked_up = []
-    for each in (run, plain):
-        each.model.embedding.register_forward_hook(lambda *a: looked_up.append(wants_rows(a[0].weight)))
-    norms = [gradients(each) for each in (run, plain)]
-    assert looked_up == [True, True, False, False]
+    plain.look_ups = None
+    kept = []
     table, expected = run.model.embedding.weight, plain.model.embedding.weight
-    assert not table.grad.is_sparse
+    run.model.embedding.register_forward_hook(lambda *a: kept.append(a[0].weight.apart))
+    norms = [gradients(each) for each in (run, plain)]
+    assert all(each.grad.is_sparse for each in kept), "both micro-batches were looked up apart"
+    assert not hasattr(table, "apart"), "only while the run computes its loss"
+    assert table.grad.layout == torch.strided
     assert torch.allclose(table.grad, expected.grad, rtol=1e-5, atol=1e-8)
     assert float(norms[0]) == pytest.approx(float(norms[1]), rel=1e-6)
 
@@ -65,19 +65,27 @@ def test_a_tied_tables_look_up_adds_its_rows_to_the_heads_gradient(tiny):
 def test_a_tied_table_whose_head_is_left_alone_gets_a_dense_gradient(tiny):
     run = bare_run(tiny("model.head.tie_word_embeddings=true"), [[random_batch(2, 16, seed=0)]])
     ids_BT = run.next_microbatches()[0].input_ids_BT
-    run.model.features(ids_BT).x_BTD.square().sum().backward()
+    with run.look_ups.during():
+        squares = run.model.features(ids_BT).x_BTD.square().sum()
+    run.backward(squares)
     table = run.model.embedding.weight
-    assert table.grad.is_sparse, "nothing dense to add to"
-    run.gradient_norm()
-    assert not table.grad.is_sparse
+    assert table.grad.layout == torch.strided
     seen = torch.zeros(len(table), dtype=torch.bool).index_fill(0, ids_BT.flatten(), True)
     assert table.grad[seen].abs().sum() > 0
     assert table.grad[~seen].abs().sum() == 0
 
 
+def test_a_tied_model_out_of_training_has_all_its_gradients(tiny):
+    run = bare_run(tiny("model.head.tie_word_embeddings=true"), [[random_batch(2, 16, seed=0)]])
+    table = run.model.embedding.weight
+    ids_BT = run.next_microbatches()[0].input_ids_BT
+    run.model.features(ids_BT).x_BTD.square().sum().backward()
+    assert table.grad[ids_BT.flatten()].abs().sum() > 0
+
+
 def test_an_untied_tables_gradient_is_dense_from_the_start(tiny):
     run = bare_run(tiny("model.head.tie_word_embeddings=false"), [[random_batch(2, 16, seed=0)]])
-    assert run.tied_table is None
+    assert run.look_ups is None
     gradients(run)
     assert not run.model.embedding.weight.grad.is_sparse
 

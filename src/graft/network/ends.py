@@ -6,7 +6,6 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graft.config.ends import HeadTransformConfig
@@ -16,7 +15,7 @@ from graft.initialization import Rng, normal_
 from graft.network.embedding_conv import embedding_conv
 from graft.ops.activations import ACTIVATIONS, soft_cap
 from graft.ops.one_row import linear
-from graft.ops.row_gradients import wants_rows
+from graft.ops.row_gradients import look_up
 from graft.ops.short_conv import ConvState
 from graft.shapes import Float, Int
 
@@ -116,7 +115,7 @@ class TokenEmbedding(nn.Module):
         state: ConvState | None = None,
     ) -> tuple[Float[Tensor, "B T D"], ConvState | None]:
         """Vectors of the tokens, and the state after the last (None without one before)."""
-        x_BTR = F.embedding(ids_BT, self.weight, sparse=wants_rows(self.weight))
+        x_BTR = look_up(ids_BT, self.weight)
         if self.scale != 1.0:
             x_BTR = x_BTR * self.scale
         if self.conv is not None:

@@ -3,12 +3,16 @@
 A module names its tables that can have such gradients in ``row_tables``. The optimizer's builder marks a parameter
 whose update is row-wise (`mark_rows`); the operation that reads the table asks (`wants_rows`) and then yields a sparse
 COO gradient: sorted rows, each once, and their values. Sums of several (micro-batches, loops) come out of autograd
-unsorted; `coalesce_rows` puts them in order again. A training run marks an embedding table that is the head's matrix
-too: what the look-up adds to the head's gradient are a few rows.
+unsorted; `coalesce_rows` puts them in order again.
+
+An embedding table that is the head's matrix too has a dense gradient, to which its look-ups add a few rows:
+`LookUpsApart`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -104,3 +108,43 @@ def coalesce_rows(gradient: Tensor) -> Tensor:
     if bool((rows[1:] > rows[:-1]).all()):  # autograd forgets that it was told so
         return rows_only(rows, values, gradient.shape[0])
     return summed_rows(gradient)
+
+
+class LookUpsApart:
+    """The rows that look-ups add to a table's gradient, kept apart from the rest of it until `add_up`.
+
+    Autograd would add them, as rows or as a dense tensor, by making a third tensor as large as the table.
+
+    Args:
+        table: read by `look_up` and by other operations.
+    """
+
+    def __init__(self, table: Tensor):
+        self._table = table
+        self._read: list[Tensor] = []
+
+    @contextmanager
+    def during(self) -> Iterator[None]:
+        """What is looked up inside has its gradient kept apart, whenever backward runs."""
+        read = self._table.detach().requires_grad_()  # the same memory
+        self._read.append(read)
+        self._table.apart = read  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            yield
+        finally:
+            del self._table.apart  # pyright: ignore[reportAttributeAccessIssue]
+
+    def add_up(self) -> None:
+        """Adds what was kept to the table's gradient, and forgets it."""
+        for rows in (read.grad for read in self._read if read.grad is not None):
+            if self._table.grad is None:
+                self._table.grad = rows.to_dense()
+            else:
+                self._table.grad += rows
+        self._read.clear()
+
+
+def look_up(ids: Tensor, table: Tensor) -> Tensor:
+    """``table[ids]``, [*ids, W]; its gradient is the table's own, or kept apart (`LookUpsApart`)."""
+    apart: Tensor | None = getattr(table, "apart", None)
+    return F.embedding(ids, table) if apart is None else F.embedding(ids, apart, sparse=True)

@@ -38,12 +38,6 @@ def tied_table(model: Model) -> nn.Parameter | None:
     return model.embedding.weight if model.head.weight is None else None
 
 
-def make_dense(table: nn.Parameter) -> None:
-    """Fills a row gradient up with zeros: of a tied table whose head the objective left alone."""
-    if table.grad is not None and table.grad.is_sparse:
-        table.grad = table.grad.to_dense()
-
-
 def global_norm(values: list[Tensor]) -> Tensor:
     """The norm of all gradients together, a scalar on their device.
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from graft.config.experiment import GuardConfig
 from graft.data.batch import Batch
 from graft.training.gradients import gradient_values
+from graft.training.totals import Totals
 
 
 class Verdict(Enum):
@@ -128,7 +129,7 @@ def first_non_finite(run: Any, batches: Sequence[Batch]) -> str:
     pass alone is named by the parameters whose gradients show it. Gradients are left empty.
 
     Args:
-        run: the `graft.training.run.Run`; only its model and its loss are used.
+        run: the `graft.training.run.Run`; only its model, its loss and its gradients are used.
         batches: the micro-batches of the step.
     """
     run.model.set_runtime(compile=False)  # compiled layers call no hooks
@@ -137,12 +138,13 @@ def first_non_finite(run: Any, batches: Sequence[Batch]) -> str:
         return f"parameter {broken[0]} is not finite ({len(broken)} parameters are not)"
     found: list[str] = []
     run.optimizer.zero_grad(set_to_none=True)
+    totals = Totals.of(batches)
     for batch in batches:
         with _outputs_watched(run.model, found):
             terms = run.loss(batch)
         if found:
             return f"the first module with a non-finite output is {found[0]}"
-        (terms.main + terms.aux).backward()
+        run.backward(totals.share(terms))
     named = run.model.named_parameters()
     gradients = [name for name, p in named if not all(values.isfinite().all() for values in gradient_values([p]))]
     run.optimizer.zero_grad(set_to_none=True)

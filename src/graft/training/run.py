@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,9 @@ from graft.config.experiment import Experiment
 from graft.data.batch import Batch
 from graft.faults import fault_active, fault_point
 from graft.objectives.base import LossTerms, Objective
-from graft.ops.row_gradients import mark_rows
+from graft.ops.row_gradients import LookUpsApart
 from graft.optimizers.groups import set_learning_rate
-from graft.training.gradients import global_norm, gradient_values, make_dense, scale_to_norm, tied_table
+from graft.training.gradients import global_norm, gradient_values, scale_to_norm, tied_table
 from graft.training.guard import Guard, Verdict
 from graft.training.precision import Precision
 from graft.training.rng import rng_state, set_rng_state
@@ -42,8 +43,8 @@ class Run:
         directory: where the run is kept; None = nowhere.
 
     Attributes:
-        tied_table: the embedding table that is the head's matrix too; None when the head has its own. On a CPU its
-            look-ups yield gradients of rows, which autograd adds to the head's instead of to as many zeros.
+        look_ups: what look-ups add to the gradient of an embedding table that is the head's matrix too, on a CPU; None
+            where autograd adds it.
         parameters: the model's, listed once: walking the modules twice a step takes longer than a small layer.
         step: updates made or skipped so far; the next one is number ``step + 1`` and uses ``schedule.factor(step)``.
         tokens: training positions seen.
@@ -76,9 +77,8 @@ class Run:
         self.directory = directory
         self.objective: Objective = experiment.objective.build()
         self.optimizer: torch.optim.Optimizer = experiment.optimizer.build(model)
-        self.tied_table = tied_table(model)
-        if self.tied_table is not None and device.type == "cpu":
-            mark_rows(self.tied_table, True)
+        table = tied_table(model)
+        self.look_ups = None if table is None or device.type != "cpu" else LookUpsApart(table)
         self.schedule: Schedule = experiment.schedule.build(
             max_steps=experiment.max_steps, tokens_per_step=experiment.tokens_per_step
         )
@@ -107,13 +107,18 @@ class Run:
 
     def loss(self, batch: Batch) -> LossTerms:
         """The objective's *sums* over one micro-batch, computed in the run's precision."""
-        with self.precision.autocast():
+        look_ups = self.look_ups if torch.is_grad_enabled() else None
+        with self.precision.autocast(), nullcontext() if look_ups is None else look_ups.during():
             return self.objective.loss(self.model, batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of a micro-batch's share of the loss, times the loss scale, to the parameters'."""
+        self.precision.scale(loss).backward()
+        if self.look_ups is not None:
+            self.look_ups.add_up()
 
     def gradient_norm(self) -> Tensor:
         """Undoes the loss scale, then returns the gradients' global norm (a scalar on the device). Clips nothing."""
-        if self.tied_table is not None:
-            make_dense(self.tied_table)
         self.precision.unscale(self.optimizer)
         gradients = gradient_values(self.parameters)
         injected = fault_active("train.gradient", self.step + 1)

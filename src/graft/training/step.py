@@ -45,8 +45,8 @@ def train_step(run: Run) -> StepReport:
     losses = []
     for batch in microbatches:
         terms = run.loss(batch)  # sums, never means
-        loss = terms.main / max(1, totals.num_targets) + terms.aux / totals.num_positions
-        run.precision.scale(loss).backward()
+        loss = totals.share(terms)
+        run.backward(loss)
         losses.append(loss.detach())
         totals.add({**terms.metrics, "aux": terms.aux})
         totals.count(terms.usage)

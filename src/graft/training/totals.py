@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from graft.data.batch import Batch
+from graft.objectives.base import LossTerms
 from graft.part import add_sums
 
 
@@ -41,6 +42,10 @@ class Totals:
             sum(b.num_bytes for b in batches),
             sum(b.num_positions for b in batches),
         )
+
+    def share(self, terms: LossTerms) -> Tensor:
+        """What some terms add to the loss of all: their main sum per target, their auxiliary one per position."""
+        return terms.main / max(1, self.num_targets) + terms.aux / self.num_positions
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
         """Adds named scalars, in double precision where the device has it."""
