@@ -18,6 +18,7 @@ from recurrent_checks import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from graft.errors import ConfigError
 from graft.part import parameter_roles
 from graft.token_mixers.gla import GLA
 from graft.token_mixers.gla_config import GLAConfig
@@ -137,6 +138,8 @@ def test_counted_flops_are_those_of_the_forward(causal):
 
 def test_heads_that_do_not_divide_the_width_are_a_problem():
     config = GLAConfig(num_heads=5)
+    with pytest.raises(ConfigError, match=r"^layer 0: gla.num_heads: .* does not divide .*; set head_dim, or another"):
+        part(num_heads=5, head_dim=None)
     assert [p.fix for p in config.problems_in(24)] == [
         "set head_dim, or another number of heads",
         "set v_head_dim, or another number of heads",

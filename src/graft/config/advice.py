@@ -98,7 +98,7 @@ def _schedule(experiment: Experiment) -> Iterator[str]:
     if count is None:
         return
     warmup: int = count(experiment.max_steps, experiment.tokens_per_step)
-    kind = str(getattr(experiment.optimizer, "type", ""))
+    kind = experiment.optimizer.tag
     if warmup == 0 and kind in ("adamw", "muon"):
         yield f"schedule: no warm-up with {kind}, whose first updates are its noisiest; set warmup_steps"
     if warmup == experiment.max_steps:
@@ -119,10 +119,9 @@ def _steps(experiment: Experiment) -> Iterator[str]:
 
 def _data(experiment: Experiment) -> Iterator[str]:
     if experiment.model.bidirectional and not experiment.objective.supports_bidirectional:
-        tag = getattr(experiment.objective, "type", "")
         yield (
-            f"objective: {tag} does not train an encoder, which sees every target; this one can be built, priced and "
-            "run forward"
+            f"objective: {experiment.objective.tag} does not train an encoder, which sees every target; this one can "
+            "be built, priced and run forward"
         )
     embedding = experiment.model.embedding
     placeless = not any(_tells_order(part) for part, _ in _parts_in_use(experiment))

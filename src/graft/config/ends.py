@@ -45,10 +45,8 @@ class EmbeddingConfig(Config):
 
     def problems(self) -> Iterator[Problem]:
         if self.position is not None and self.position.acts_in == "attention":
-            tag = getattr(self.position, "type", "")
-            yield Problem(
-                ("position",), f"{tag} acts inside attention, not on embeddings", "set it on the attention part"
-            )
+            message = f"{self.position.tag} acts inside attention, not on embeddings"
+            yield Problem(("position",), message, "set it on the attention part")
 
     def problems_in(self, hidden_size: int) -> Iterator[Problem]:
         """Problems that depend on the width of the stream (D)."""

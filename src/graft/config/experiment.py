@@ -190,10 +190,8 @@ class Experiment(Config):
         yield from self._length_problems()
 
     def _schedule_problems(self) -> Iterator[Problem]:
-        check = getattr(self.schedule, "problems_for", None)
-        if check is not None:
-            for problem in check(self.max_steps, self.tokens_per_step):
-                yield Problem(("schedule", *problem.path), problem.message, problem.fix)
+        for problem in self.schedule.problems_for(self.max_steps, self.tokens_per_step):
+            yield Problem(("schedule", *problem.path), problem.message, problem.fix)
 
     def _length_problems(self) -> Iterator[Problem]:
         position = self.model.embedding.position

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from graft.config.base import Config, Problem, knob
 from graft.config.placement import Layers
 from graft.config.registry import Family, register, resolve
+from graft.errors import ConfigError
 
 
 class VariantConfig(Config):
@@ -16,6 +17,11 @@ class VariantConfig(Config):
     family: ClassVar[str] = ""
     implementation: ClassVar[str] = ""
     """``package.module:Class`` of what `build` makes; imported only then, so configs stay free of torch."""
+
+    @property
+    def tag(self) -> str:
+        """The variant's ``type``; of a class that is no variant, its name."""
+        return getattr(self, "type", type(self).__name__)
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -92,6 +98,17 @@ class PartConfig(VariantConfig):
     norms_inside: ClassVar[bool] = False
     """True for a part that norms what it reads itself: it gets the stream as it is, whatever the placement."""
 
+    def build(self, site: Any) -> Any:
+        """The part for a `graft.part.Site`.
+
+        Raises:
+            ConfigError: the part does not fit the width of the stream (`problems_in`; the first of them).
+        """
+        for problem in self.problems_in(site.hidden_size):
+            where = ".".join(map(str, (self.tag, *problem.path)))
+            raise ConfigError(problem.message, where=f"layer {site.layer_idx}: {where}", fix=problem.fix)
+        return super().build(site)
+
     def problems_in(self, hidden_size: int) -> Iterator[Problem]:
         """Problems that depend on the width of the stream (D) the part reads; the default has none."""
         yield from ()
@@ -159,6 +176,10 @@ class ScheduleConfig(VariantConfig):
     """Learning rate as a factor of the peak over steps."""
 
     family = "schedule"
+
+    def problems_for(self, max_steps: int, tokens_per_step: int) -> Iterator[Problem]:
+        """Problems that depend on the run's length; the default has none."""
+        yield from ()
 
 
 class OptimizerConfig(VariantConfig):

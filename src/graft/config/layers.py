@@ -18,7 +18,6 @@ from pydantic import ValidationError
 from graft.config.base import Problem
 from graft.config.explain import explain
 from graft.config.families import PartConfig
-from graft.config.fields import tag_of
 from graft.config.placement import chosen_layers, placement_problem
 from graft.config.registry import variant, variants
 from graft.config.tree import dotted
@@ -55,9 +54,9 @@ def _part_index(key: str, parts: LayerParts) -> int:
         if int(key) >= len(parts):
             raise OverrideError([f"the block has {len(parts)} parts, there is no part {key}"])
         return int(key)
-    found = [i for i, part in enumerate(parts) if tag_of(type(part)) == key]
+    found = [i for i, part in enumerate(parts) if part.tag == key]
     if len(found) != 1:
-        kinds = ", ".join(str(tag_of(type(part))) for part in parts)
+        kinds = ", ".join(part.tag for part in parts)
         raise OverrideError([f"'{key}' names {len(found)} parts of the block [{kinds}], it must name one"])
     return found[0]
 
@@ -71,7 +70,7 @@ def _set_path(data: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def _changed(part: PartConfig, changes: dict[str, Any]) -> PartConfig:
-    tag = changes.get("type", tag_of(type(part)))
+    tag = changes.get("type", part.tag)
     cls = cast(type[PartConfig] | None, variant("part", tag))
     if cls is None:
         raise OverrideError([f"type: '{tag}' is no known type; one of {', '.join(variants('part'))}"])
@@ -126,7 +125,7 @@ def branch_names(parts: LayerParts) -> list[str]:
     seen: dict[str, int] = {}
     names: list[str] = []
     for part in parts:
-        tag = str(tag_of(type(part)))
+        tag = part.tag
         seen[tag] = seen.get(tag, 0) + 1
         names.append(tag if seen[tag] == 1 else f"{tag}_{seen[tag]}")
     return names

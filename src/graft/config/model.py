@@ -86,9 +86,8 @@ class ModelConfig(Config):
     def problems_of(self, part: PartConfig) -> Iterator[Problem]:
         """What a part cannot be in a stream of this width and direction; paths are within the part."""
         if self.bidirectional and isinstance(part, TokenMixerConfig) and not part.supports_bidirectional:
-            tag = getattr(part, "type", "")
             fix = "set model.bidirectional: false, or use another token mixer"
-            yield Problem(("type",), f"{tag} cannot be bidirectional", fix)
+            yield Problem(("type",), f"{part.tag} cannot be bidirectional", fix)
         yield from part.problems_in(self.hidden_size)
 
     def _end_problems(self) -> Iterator[Problem]:

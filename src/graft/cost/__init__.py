@@ -35,11 +35,11 @@ def known_vocab_size(experiment: Experiment) -> int:
     promised = getattr(experiment.data.tokenizer, "vocab_size", None)  # bpe: ids it is trained to have
     if promised is not None:
         return promised
-    tag = getattr(experiment.data.tokenizer, "type", "")
     size = getattr(experiment.data.tokenizer.build(), "vocab_size", None)
     if size is None:
         raise ConfigError(
-            f"the vocabulary of a '{tag}' tokenizer is known only once it has seen the training text",
+            f"the vocabulary of a '{experiment.data.tokenizer.tag}' tokenizer is known only once it has seen the "
+            "training text",
             where="model.vocab_size",
             fix="set model.vocab_size, or pass the prepared tokenizer's size",
         )

@@ -50,7 +50,7 @@ def part_costs(model: Model, seq_len: int, state_dtype: torch.dtype) -> list[Par
     return [
         PartCost(
             name=name,
-            type=str(getattr(part.config, "type", type(part).__name__)),
+            type=part.config.tag,
             parameters=sum(p.numel() for p in part.parameters()),
             active_parameters=part.active_parameters(),
             forward_flops_per_token=loops * part.flops_per_token(seq_len),
@@ -97,6 +97,6 @@ def parameters_by_part(model: Model) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         part = owner.get(id(parameter))
-        kind = str(getattr(part.config, "type", type(part).__name__)) if part is not None else roles[name]
+        kind = part.config.tag if part is not None else roles[name]
         counts[kind] += parameter.numel()
     return dict(counts)

@@ -108,7 +108,7 @@ def _shown_in_preset(family: str, tag: str) -> PartConfig:
         if (folder / name).is_file():
             parts = (part for parts in load_experiment(folder / name).model.blocks.values() for part in parts)
             for part in parts:
-                if tag_of(type(part)) == tag:
+                if part.tag == tag:
                     return part
     raise ConfigError(
         f"no preset shows the {family} '{tag}'", where=f"presets/{name}", fix="add a config with such a part"

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import torch
 
-from graft.config.fields import tag_of
 from graft.ops.kernels import GRAFT, choose_kernel, require_a_use
 from graft.part import Part
 
@@ -23,7 +22,7 @@ def give_kernels(parts: Iterable[Part], asked: str, device: torch.device, dtype:
     Raises:
         ConfigError: the named kernel cannot be used, or is meant for none of them.
     """
-    tagged = [(kind(part), part) for part in parts]
+    tagged = [(part.config.tag, part) for part in parts]
     require_a_use(asked, {tag for tag, _ in tagged})
     chosen = [choose_kernel(tag, part, asked, device, dtype) for tag, part in tagged]
     for (_, part), kernel in zip(tagged, chosen, strict=True):
@@ -39,10 +38,5 @@ def kernels_in_use(parts: Iterable[Part]) -> dict[str, str]:
     found: dict[str, dict[str, None]] = {}
     for part in parts:
         own = "reference" if part.kernels == "reference" else GRAFT
-        found.setdefault(kind(part), {})[own if part.kernel is None else part.kernel.name] = None
+        found.setdefault(part.config.tag, {})[own if part.kernel is None else part.kernel.name] = None
     return {tag: "+".join(names) for tag, names in found.items()}
-
-
-def kind(part: Part) -> str:
-    """The ``type`` of a part."""
-    return str(tag_of(type(part.config)))

@@ -31,7 +31,7 @@ class WarmupScheduleConfig(ScheduleConfig):
             yield Problem((given[1],), f"{' and '.join(given)} are given", "keep one")
 
     def problems_for(self, max_steps: int, tokens_per_step: int) -> Iterator[Problem]:
-        """Problems that depend on the run's length."""
+        """A warm-up longer than the run."""
         warmup = self.num_warmup_steps(max_steps, tokens_per_step)
         if warmup > max_steps:
             field = "warmup_steps" if self.warmup_steps is not None else "warmup_tokens"

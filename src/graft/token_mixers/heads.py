@@ -7,7 +7,6 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from graft.errors import ConfigError
 from graft.linears.joint import joint_linear
 from graft.part import Context, Part, PartOutput, Site, State, linear_flops
 from graft.positions.base import AttentionPosition, tables_for
@@ -28,9 +27,6 @@ class MultiHead(Part):
     Args:
         config: heads, window, position, norms, biases.
         site: the surroundings.
-
-    Raises:
-        ConfigError: head_dim is not given and num_heads does not divide hidden_size.
     """
 
     def __init__(self, config: HeadsConfig, site: Site):
@@ -41,7 +37,7 @@ class MultiHead(Part):
         self.sliding_window = config.sliding_window
         self.num_heads = config.num_heads
         self.num_kv_heads = config.num_kv_heads or config.num_heads
-        self.head_dim = config.head_dim or _default_head_dim(config, site)
+        self.head_dim = config.head_dim or site.hidden_size // config.num_heads
         D, q_size, kv_size = site.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.q_proj = site.make_linear(D, q_size, role="attention", bias=config.qkv_bias)
         self.k_proj = site.make_linear(D, kv_size, role="attention", bias=config.qkv_bias)
@@ -137,16 +133,6 @@ class MultiHead(Part):
         """2 per weight of the projections, and 4·N·H per visible pair (scores, and values): both exact."""
         pairs = visible_pairs(seq_len, self.sliding_window, causal=self.causal)
         return linear_flops(self) + 4 * self.num_heads * self.head_dim * pairs / seq_len
-
-
-def _default_head_dim(config: HeadsConfig, site: Site) -> int:
-    if site.hidden_size % config.num_heads:
-        raise ConfigError(
-            f"num_heads {config.num_heads} does not divide hidden_size {site.hidden_size}",
-            where=f"layer {site.layer_idx}: attention.head_dim",
-            fix="set head_dim, or another number of heads",
-        )
-    return site.hidden_size // config.num_heads
 
 
 def visible_pairs(seq_len: int, window: int | None, *, causal: bool) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from graft.config.base import Problem, knob
 from graft.config.families import Norm, Position, TokenMixerConfig
+from graft.token_mixers.head_problems import embedding_position_problems, head_problems
 
 
 class HeadsConfig(TokenMixerConfig):
@@ -36,17 +37,7 @@ class HeadsConfig(TokenMixerConfig):
                 f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}",
                 "choose a divisor of num_heads",
             )
-        if self.position.acts_in == "embedding":
-            tag = getattr(self.position, "type", "")
-            yield Problem(("position",), f"{tag} acts on embeddings", "set model.embedding.position instead")
+        yield from embedding_position_problems(self.position)
 
     def problems_in(self, hidden_size: int) -> Iterator[Problem]:
-        if self.head_dim is None and hidden_size % self.num_heads:
-            yield Problem(
-                ("num_heads",),
-                f"num_heads {self.num_heads} does not divide hidden_size {hidden_size}",
-                "set head_dim, or another number of heads",
-            )
-            return
-        for problem in self.position.problems_with(self.head_dim or hidden_size // self.num_heads):
-            yield Problem(("position", *problem.path), problem.message, problem.fix)
+        yield from head_problems(hidden_size, self.num_heads, self.head_dim, self.position)

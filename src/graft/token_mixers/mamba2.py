@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graft.config.roles import Role
-from graft.errors import ConfigError
 from graft.initialization import Rng
 from graft.ops.decay_attention import bidirectional_decay_attention, chunked_flops, decay_attention
 from graft.ops.documents import Documents, continued_segments, documents_of
@@ -80,18 +79,12 @@ class Mamba2(Part):
     Args:
         config: what is computed.
         site: the surroundings.
-
-    Raises:
-        ConfigError: the inner width is no whole number of heads, or the heads no whole number of groups.
     """
 
     role: Role = "scalar"
 
     def __init__(self, config: Mamba2Config, site: Site):
         super().__init__()
-        for problem in config.problems_in(site.hidden_size):
-            where = f"layer {site.layer_idx}: mamba2.{problem.path[0]}"
-            raise ConfigError(problem.message, where=where, fix=problem.fix)
         self.config = config
         self.causal = site.causal
         self.d_state, self.head_dim, self.num_groups = config.d_state, config.head_dim, config.n_groups
@@ -110,7 +103,7 @@ class Mamba2(Part):
 
     @torch.no_grad()
     def init_parameters(self, rng: Rng) -> None:
-        """Δ log-uniform in [dt_min, dt_max], −A uniform in [a_init_min, a_init_max], D = 1."""
+        """Δ log-uniform in [dt_min, dt_max], raised to dt_init_floor; −A uniform in [a_init_min, a_init_max]; D = 1."""
         start = self.start
         ends = math.log(start.dt_min), math.log(start.dt_max)
         step_N = (

@@ -50,8 +50,8 @@ class MLAConfig(TokenMixerConfig):
 
     def problems(self) -> Iterator[Problem]:
         if not isinstance(self.position, RopeConfig | XposConfig | HopeConfig):
-            tag = getattr(self.position, "type", "")
-            yield Problem(("position", "type"), f"{tag} does not act on pairs of channels", "use rope, xpos or hope")
+            message = f"{self.position.tag} does not act on pairs of channels"
+            yield Problem(("position", "type"), message, "use rope, xpos or hope")
         if isinstance(self.position, RopeConfig) and self.position.partial_rotary_factor != 1.0:
             yield Problem(
                 ("position", "partial_rotary_factor"),

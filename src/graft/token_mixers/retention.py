@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graft.errors import ConfigError
 from graft.ops.decay_attention import bidirectional_decay_attention, chunked_flops, decay_attention
 from graft.ops.documents import Documents, documents_of, find_documents
 from graft.ops.outside_graphs import outside_graphs
@@ -44,9 +43,6 @@ class Retention(Part):
     Args:
         config: what is computed.
         site: the surroundings.
-
-    Raises:
-        ConfigError: head_dim is not given and num_heads does not divide hidden_size.
     """
 
     def __init__(self, config: RetentionConfig, site: Site):
@@ -57,12 +53,6 @@ class Retention(Part):
         self.score_norm, self.chunk_size = config.score_norm, config.chunk_size
         self.head_norm, self.head_norm_eps = config.head_norm, config.head_norm_eps
         D, N = site.hidden_size, config.num_heads
-        if config.head_dim is None and D % N:
-            raise ConfigError(
-                f"num_heads {N} does not divide hidden_size {D}",
-                where=f"layer {site.layer_idx}: retention.head_dim",
-                fix="set head_dim, or another number of heads",
-            )
         self.head_dim = config.head_dim or D // N
         self.value_dim = config.value_factor * self.head_dim
         self.q_proj = site.make_linear(D, N * self.head_dim, role="retention")

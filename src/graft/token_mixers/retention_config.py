@@ -9,6 +9,7 @@ from graft.config.base import Problem, knob
 from graft.config.families import TokenMixerConfig
 from graft.positions.none_config import NoPositionConfig
 from graft.positions.rope_config import RopeConfig
+from graft.token_mixers.head_problems import head_problems
 
 
 class RetentionConfig(TokenMixerConfig):
@@ -34,12 +35,4 @@ class RetentionConfig(TokenMixerConfig):
     chunk_size: int = knob(64, "positions per chunk of the training form: changes the cost, not the numbers", ge=1)
 
     def problems_in(self, hidden_size: int) -> Iterator[Problem]:
-        if self.head_dim is None and hidden_size % self.num_heads:
-            yield Problem(
-                ("num_heads",),
-                f"num_heads {self.num_heads} does not divide hidden_size {hidden_size}",
-                "set head_dim, or another number of heads",
-            )
-            return
-        for problem in self.position.problems_with(self.head_dim or hidden_size // self.num_heads):
-            yield Problem(("position", *problem.path), problem.message, problem.fix)
+        yield from head_problems(hidden_size, self.num_heads, self.head_dim, self.position)

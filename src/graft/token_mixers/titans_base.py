@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from graft.errors import ConfigError
 from graft.linears.joint import joint_linear
 from graft.ops.bidirectional import both_ways, mean_of_ways
 from graft.ops.documents import Documents, documents_of
@@ -81,14 +80,10 @@ class Titans(Part):
     Args:
         config: what is computed.
         site: the surroundings.
-
-    Raises:
-        ConfigError: head_dim is not given and num_heads does not divide hidden_size.
     """
 
     def __init__(self, config: TitansConfig, site: Site):
         super().__init__()
-        _check(config, site)
         self.config = config
         self.causal, self.num_ways = site.causal, 1 if site.causal else 2
         self.chunk_size, self.sliding_window = config.chunk_size, config.sliding_window
@@ -186,12 +181,3 @@ class Titans(Part):
     @abstractmethod
     def empty_near(self, batch_size: int, max_len: int, *, device: torch.device, dtype: torch.dtype) -> State:
         """What the attention keeps, before the first position."""
-
-
-def _check(config: TitansConfig, site: Site) -> None:
-    if config.head_dim is None and site.hidden_size % config.num_heads:
-        raise ConfigError(
-            f"num_heads {config.num_heads} does not divide hidden_size {site.hidden_size}",
-            where=f"layer {site.layer_idx}: titans.head_dim",
-            fix="set head_dim, or another number of heads",
-        )
