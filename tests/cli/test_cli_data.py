@@ -130,3 +130,50 @@ def test_wrong_uses_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[
     wrong = ["--files", str(path), "--vocab-size", "5000", "--cache-dir", str(tmp_path / "cache")]
     assert run(["tokenizer", "train", *wrong]) == ExitCode.DATA
     assert "repeated pairs for" in capsys.readouterr().err
+
+
+def test_without_a_config_messages_name_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table, texts, csv = tmp_path / "a.parquet", tmp_path / "a.jsonl", tmp_path / "a.csv"
+    pq.write_table(pa.table({"body": TEXTS}), table)
+    texts.write_text("broken\n" + write_jsonl(tmp_path / "b.jsonl", TEXTS).read_text())
+    csv.write_text("one,two")
+    always = ["--vocab-size", "300", "--cache-dir", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+
+    def said(*arguments: str, code: ExitCode = ExitCode.DATA) -> str:
+        assert run(["tokenizer", "train", *always, *arguments]) == code
+        message = capsys.readouterr().err
+        assert "data." not in message
+        return message
+
+    assert "no column 'text'; expected one of body; set --text-field" in said("--files", str(table))
+    assert "--max-bad-rows" in said("--files", str(texts))
+    assert "set --format to text, jsonl or parquet" in said("--files", str(csv))
+    assert "correct --files" in said("--files", str(tmp_path / "gone.txt"))
+    assert "--vocab-size: the training text" in said("--files", str(tmp_path / "b.jsonl"), "--vocab-size", "5000")
+    assert "--text-field" in said("--files", str(csv), "--format", "text", "--text-field", "x", code=ExitCode.CONFIG)
+    wrong = said("--files", str(table), "--validation-fraction", "1.5", code=ExitCode.CONFIG)
+    assert "--validation-fraction: 1.5 is no share" in wrong
+    few = ["--text-field", "body", "--validation-fraction", "0.001"]
+    assert run(["tokenizer", "train", "--files", str(table), *few, *always]) == ExitCode.DONE
+    out = capsys.readouterr().out
+    assert "warning: --validation-fraction: 0.001 of the text was to be held out" in out
+    assert "data.validation.fraction" not in out
+    assert run(["tokenizer", "train", "--files", str(texts), "--max-bad-rows", "1", *always]) == ExitCode.DONE
+
+
+def test_options_for_files_do_not_go_with_a_config(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["tokenizer", "train", str(config), "--text-field", "body"]) == ExitCode.CONFIG
+    assert "give data.source.text_field=body instead" in capsys.readouterr().err
+
+
+def test_a_held_out_share_that_is_far_off_is_said(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, "data", "build", str(config))["warnings"] == []
+    coarse = [str(config), "data.validation.fraction=0.001"]
+    (warning,) = printed(capsys, "data", "build", *coarse)["warnings"]
+    assert warning.startswith("data.validation.fraction: 0.001 of the text was to be held out, and 0.0")
+    assert "(1 of 60 documents)" in warning
+    assert run(["data", "inspect", *coarse]) == ExitCode.DONE
+    assert capsys.readouterr().out.count(f"warning: {warning}") == 1

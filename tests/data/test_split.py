@@ -74,6 +74,33 @@ def test_the_fingerprint_knows_the_fraction_and_the_other_source(tmp_path: Path)
     assert len({json.dumps(p) for p in prints}) == 4
 
 
+@pytest.mark.parametrize(
+    ("fraction", "held_out", "trained_on", "said"),
+    [
+        pytest.param(0.1, (1, 100), (9, 900), None, id="as wanted"),
+        pytest.param(0.1, (1, 199), (9, 801), None, id="nearly twice"),
+        pytest.param(0.1, (1, 201), (9, 799), "0.2 of it is (1 of 10 documents)", id="more than twice"),
+        pytest.param(0.1, (1, 49), (9, 951), "0.049 of it is (1 of 10 documents)", id="less than half"),
+        pytest.param(0.05, (1, 500), (1, 500), "0.5 of it is (1 of 2 documents)", id="two documents"),
+    ],
+)
+def test_a_share_that_is_off_by_more_than_two_is_said(
+    tmp_path: Path, fraction: float, held_out: tuple[int, int], trained_on: tuple[int, int], said: str | None
+) -> None:
+    split = SplitSource(data_config(tmp_path / "a.txt", validation={"fraction": fraction}), tmp_path)
+    (documents, text), (other_documents, other_text) = held_out, trained_on
+    found = split.far_off({"documents": documents, "bytes": text}, {"documents": other_documents, "bytes": other_text})
+    assert (found is None) == (said is None)
+    if said is not None:
+        assert f"data.validation.fraction: {fraction:g} of the text was to be held out, and {said}" in str(found)
+
+
+def test_a_source_of_its_own_has_no_wanted_share(tmp_path: Path) -> None:
+    validation = {"source": {"type": "files", "path": str(tmp_path / "b.txt")}}
+    split = SplitSource(data_config(tmp_path / "a.txt", validation=validation), tmp_path)
+    assert split.far_off({"documents": 1, "bytes": 999}, {"documents": 1, "bytes": 1}) is None
+
+
 def test_a_text_too_short_to_cut(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(DataError, match="too few to hold out"):

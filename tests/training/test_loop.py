@@ -54,6 +54,12 @@ def test_a_run_leaves_everything_in_its_directory(tiny, tmp_path):
     assert "--- sample at step 12 ---" in stream.getvalue()
 
 
+def test_a_held_out_share_that_is_far_off_is_said_once_when_training_starts(tiny, tmp_path):
+    stream = io.StringIO()
+    api.train(tiny("training.max_steps=2", "data.validation.fraction=0.001"), out=tmp_path / "run", stream=stream)
+    assert stream.getvalue().count("warning: data.validation.fraction: 0.001 of the text was to be held out") == 1
+
+
 def test_the_last_thing_a_finished_run_does_is_what_it_was_asked_to(tiny, tmp_path):
     seen = []
 

@@ -84,6 +84,8 @@ def _print_counts(found: dict[str, Any]) -> None:
     for row in found["first_skipped"]:
         out.print(f"  {row}")
     out.print(f"fingerprint: {found['fingerprint']}\nfolder: {found['folder']}")
+    for line in found["warnings"]:
+        out.print(f"warning: {line}", style="yellow")
 
 
 def _print_lengths(found: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ def describe(prepared: PreparedData, experiment: Experiment) -> dict[str, Any]:
         "first_skipped": prepared.report["first_skipped"],
         "train": _side(prepared, experiment, "train"),
         "validation": _side(prepared, experiment, "validation"),
+        "warnings": list(prepared.warnings),
     }
 
 

@@ -25,6 +25,7 @@ class PreparedData:
         validation: the held-out documents.
         fingerprint: changes when a document, its side, or an id does; does not depend on where files lie.
         report: documents, tokens, bytes and bytes_per_token of each side; rows skipped, by cause; folder of the stores.
+        warnings: what is allowed and probably not meant; whoever shows the data to a person says it.
     """
 
     tokenizer: Tokenizer
@@ -32,6 +33,7 @@ class PreparedData:
     validation: TokenStore
     fingerprint: str
     report: dict[str, Any]
+    warnings: tuple[str, ...] = ()
 
     @property
     def vocab_size(self) -> int:
@@ -52,6 +54,8 @@ def prepare(experiment: Experiment, *, progress: Progress | None = None) -> Prep
         ResourceError: the cache cannot be written, or an optional package is missing.
     """
     prepared = prepare_data(experiment.data, Path(experiment.runtime.cache_dir), progress=progress)
+    for side in SIDES:
+        _check_length(getattr(prepared, side), side, experiment.data.seq_len)
     rows = experiment.model.vocab_size
     if rows is not None and rows < prepared.vocab_size:
         raise ConfigError(
@@ -63,19 +67,20 @@ def prepare(experiment: Experiment, *, progress: Progress | None = None) -> Prep
 
 
 def prepare_data(data: DataConfig, cache_dir: Path, *, progress: Progress | None = None) -> PreparedData:
-    """`prepare` for a data config alone."""
+    """`prepare` for a data config alone, whatever the length of a row."""
     cache_dir = cache_dir.expanduser()
     split = SplitSource(data, cache_dir)
     with reporting(progress) as report_progress:
         tokenizer = trained_tokenizer(data.tokenizer, split, cache_dir, data.max_bad_rows, report_progress)
         built = build_stores(split, tokenizer, cache_dir, data.max_bad_rows, report_progress)
     stores = {side: TokenStore.open(built.folder / side) for side in SIDES}
-    for side, store in stores.items():
-        _check_length(store, side, data.seq_len)
+    for side in SIDES:
         counts = built.report[side]
         counts["bytes_per_token"] = counts["bytes"] / max(1, counts["tokens"] - counts["documents"])
     built.report["folder"] = str(built.folder)
-    return PreparedData(tokenizer, stores["train"], stores["validation"], built.fingerprint, built.report)
+    far_off = split.far_off(built.report["validation"], built.report["train"])
+    warnings = () if far_off is None else (far_off,)
+    return PreparedData(tokenizer, stores["train"], stores["validation"], built.fingerprint, built.report, warnings)
 
 
 def _check_length(store: TokenStore, side: str, seq_len: int) -> None:

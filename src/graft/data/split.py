@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,10 @@ HASH_RANGE = 2**64
 def key_hash(key: str) -> int:
     """A document's place in [0, 2^64): the same on every machine, whatever else the source holds."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+
+
+FAR_OFF = 2.0
+"""A held-out share that many times more or less than wanted is worth a word."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,26 @@ class SplitSource:
         self.validation_source: Source | None = None if held_out is None else held_out.build(cache_dir)
         self.fraction = data.validation.fraction or self.source.default_validation_fraction
         self._census: Census | None = None
+
+    def far_off(self, held_out: Mapping[str, int], trained_on: Mapping[str, int]) -> str | None:
+        """What to say when the documents held out are another share of the text than wanted, or None.
+
+        Args:
+            held_out: ``documents`` and ``bytes`` of the validation side.
+            trained_on: the same of the other.
+        """
+        if self.validation_source is not None:
+            return None
+        share = held_out["bytes"] / (held_out["bytes"] + trained_on["bytes"])
+        if self.fraction / FAR_OFF <= share <= self.fraction * FAR_OFF:
+            return None
+        documents = held_out["documents"] + trained_on["documents"]
+        return (
+            f"data.validation.fraction: {self.fraction:g} of the text was to be held out, and {share:.2g} of it is "
+            f"({held_out['documents']} of {documents} documents); documents are held out whole (only a single one is "
+            "cut), which is coarse for few or unequal ones: hold out other files (data.validation.source), give more "
+            "or shorter documents, or set another fraction"
+        )
 
     def fingerprint(self) -> str:
         """Changes when a document or its side does."""

@@ -271,7 +271,7 @@ class Session:
                 f"  {row.role:<14} {row.algorithm:<15} {row.num_tensors:>5} tensors {short(row.num_parameters):>7} "
                 f"parameters  lr x {row.lr_multiplier:g}  weight decay {row.weight_decay:g}"
             )
-        for line in self.options.advice:
+        for line in (*self.options.advice, *run.prepared.warnings):
             self.notices.console.warn(line)
 
     # ------------------------------------------------------------------ how it ends

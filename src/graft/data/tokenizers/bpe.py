@@ -51,6 +51,7 @@ class BpeTokenizer(HuggingFaceTokenizer):
                 f"the training text has repeated pairs for {found} ids only",
                 where="data.tokenizer.vocab_size",
                 expected=f"{self.config.vocab_size} ids",
-                fix=f"set vocab_size to at most {found}, lower min_frequency, or train on more text",
+                fix=f"set data.tokenizer.vocab_size to at most {found}, lower data.tokenizer.min_frequency, or train "
+                "on more text",
             )
         self.load(plain.to_str(), END_TOKEN, "the trained tokenizer")
