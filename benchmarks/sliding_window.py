@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.timing import Timed, comparison, interleaved, record
 from graft.ops.attention import attention
+from graft.ops.attention_mask import Scoring, Visibility
 from graft.training.matmul import use_onednn_fp32
 
 HEADS, KV_HEADS, HEAD_DIM, WINDOW = 8, 2, 64, 512
@@ -44,8 +45,8 @@ def measure(T: int, dtype: torch.dtype, rounds: int) -> dict[str, Timed]:
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     seen = torch.ones(T, T, dtype=torch.bool).tril().triu(1 - WINDOW)
     variants: dict[str, Callable[[], Tensor]] = {
-        "graft window": lambda: attention(q, k, v, scale=HEAD_DIM**-0.5, causal=True, sliding_window=WINDOW),
-        "graft full causal": lambda: attention(q, k, v, scale=HEAD_DIM**-0.5, causal=True),
+        "graft window": lambda: attention(q, k, v, Visibility(True, WINDOW), Scoring(HEAD_DIM**-0.5)),
+        "graft full causal": lambda: attention(q, k, v, Visibility(causal=True), Scoring(HEAD_DIM**-0.5)),
         "fused kernel, window as a mask": partial(fused, q, k, v, mask=seen),
         "fused kernel, full causal": partial(fused, q, k, v, mask=None),
     }
@@ -85,6 +86,6 @@ def saved_tensors(dtype: torch.dtype) -> str:
     q, k, v = (torch.randn(1, T, heads, HEAD_DIM).to(dtype) for heads in (HEADS, KV_HEADS, KV_HEADS))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     with Largest() as largest:
-        attention(q, k, v, scale=1.0, causal=True, sliding_window=WINDOW).sum().backward()
+        attention(q, k, v, Visibility(True, WINDOW), Scoring(1.0)).sum().backward()
     assert largest.numel < T * T, "some tensor is as large as the square of the length"
     return f"The largest tensor at T = {T} has {largest.numel:,} elements; T x T per head would be {T * T:,}."

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from graft.ops import attention_banded
-from graft.ops.attention import FOLDED_BELOW, SDPA_FROM, attention, choose_kernel
+from graft.ops.attention import FOLDED_BELOW, SDPA_FROM, attention, choose_form
 from graft.ops.attention_banded import banded_attention
 from graft.ops.attention_folded import folded_attention
 from graft.ops.attention_mask import Scoring, Visibility
 from graft.ops.attention_reference import reference_attention
+from largest_tensor import LargestTensor
 
 FAST = {"folded": folded_attention, "banded": banded_attention}
 
@@ -93,7 +93,7 @@ def test_fast_kernels_in_training_dtypes_at_the_real_block_size(name, dtype, tol
 @pytest.mark.parametrize("v_head_dim", [8, 5])
 def test_definition_equals_pytorch(v_head_dim):
     q, k, v = random_qkv(T=7, S=7, N=6, K=3, v_head_dim=v_head_dim)
-    out = attention(q, k, v, scale=0.4, causal=True, kernels="reference")
+    out = attention(q, k, v, Visibility(causal=True), Scoring(0.4), kernels="reference")
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.4, enable_gqa=True)
     torch.testing.assert_close(out, wanted.transpose(1, 2))
@@ -105,10 +105,10 @@ def test_closed_form_of_equal_scores():
     q, k = torch.zeros(1, T, 1, 2), torch.zeros(1, T, 1, 2)
     v = torch.arange(T, dtype=torch.float32).view(1, T, 1, 1).expand(1, T, 1, 2)
     for kernels in ("auto", "reference"):
-        out = attention(q, k, v, scale=1.0, causal=True, sliding_window=window, kernels=kernels)
+        out = attention(q, k, v, Visibility(True, window), Scoring(1.0), kernels=kernels)
         wanted = [sum(range(max(0, t - 2), t + 1)) / min(t + 1, window) for t in range(T)]
         torch.testing.assert_close(out[0, :, 0, 0], torch.tensor(wanted))
-        both = attention(q, k, v, scale=1.0, causal=False, sliding_window=window, kernels=kernels)
+        both = attention(q, k, v, Visibility(False, window), Scoring(1.0), kernels=kernels)
         wanted = [sum(r) / len(r) for t in range(T) if (r := range(max(0, t - 2), min(T, t + 3)))]
         torch.testing.assert_close(both[0, :, 0, 0], torch.tensor(wanted))
 
@@ -117,7 +117,7 @@ def test_closed_form_of_distance_and_softcap():
     """Two keys: probabilities are a logistic function of the score difference."""
     q, k = torch.tensor([0.0, 3.0]).view(1, 2, 1, 1), torch.tensor([1.0, 2.0]).view(1, 2, 1, 1)
     v = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
-    out = attention(q, k, v, scale=0.5, causal=True, softcap=2.0, slopes_N=torch.tensor([0.7]))
+    out = attention(q, k, v, Visibility(causal=True), Scoring(0.5, 2.0, torch.tensor([0.7])))
     far, near = 2 * math.tanh(1.5 / 2) - 0.7, 2 * math.tanh(3.0 / 2)
     torch.testing.assert_close(out[0, 1, 0, 0].item(), 1 / (1 + math.exp(near - far)))
 
@@ -131,14 +131,14 @@ def test_rows_that_see_nothing_are_zero_and_have_no_gradient(kernel):
     assert all((g == 0).all() for g in gradients)
 
 
-def test_choice_of_kernel():
+def test_choice_of_form():
     def chosen(T, S=None, *, causal=True, window=None, segments=False, dtype=torch.float32, scoring=None, **kwargs):
         S = S or T
         q = torch.empty(1, T, 2, 4, device="meta", dtype=dtype)
         k = torch.empty(1, S, 1, 4, device="meta", dtype=dtype)
         ids = torch.ones(1, S, dtype=torch.int64) if segments else None
         visibility = Visibility(causal, window, S - T, None if ids is None else ids[:, :T], ids)
-        return choose_kernel(q, k, visibility, scoring or Scoring(1.0), **kwargs)
+        return choose_form(q, k, visibility, scoring or Scoring(1.0), **kwargs)
 
     assert chosen(1, 5000) == "folded"
     assert chosen(FOLDED_BELOW - 1) == "folded"
@@ -166,22 +166,9 @@ def test_every_choice_gives_the_same_numbers(monkeypatch):
     for folded_below, sdpa_from in ((99, 99), (1, 99), (1, 1)):
         monkeypatch.setattr(module, "FOLDED_BELOW", folded_below)
         monkeypatch.setattr(module, "SDPA_FROM", sdpa_from)
-        outs.append(module.attention(q, k, v, scale=0.3, causal=True))
+        outs.append(module.attention(q, k, v, Visibility(causal=True), Scoring(0.3)))
     for out in outs[1:]:
         torch.testing.assert_close(out, outs[0])
-
-
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor any operator makes."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple) else (out,):
-            if isinstance(x, Tensor):
-                self.size = max(self.size, x.numel())
-        return out
 
 
 def test_blocks_make_no_square(monkeypatch):
@@ -189,8 +176,8 @@ def test_blocks_make_no_square(monkeypatch):
     monkeypatch.setattr(attention_banded, "BLOCK", 16)
     T, window = 1024, 33
     q, k, v = torch.randn(3, 1, T, 2)
-    arguments = (q, k, v, 1, 1, True, window, 0, None, None, 1.0, None, None)
-    with Largest() as mode:  # the operators' own code: a mode does not see inside an operator
+    arguments = (q, k, v, 1, 1, True, window, 0, None, None, 1.0, None, None, None)
+    with LargestTensor() as mode:  # the operators' own code: a mode does not see inside an operator
         out = attention_banded._banded._init_fn(*arguments)
         attention_banded._banded_backward._init_fn(out, *arguments)
     assert mode.size == max(T * 2, 16 * (16 + window - 1))
@@ -199,8 +186,8 @@ def test_blocks_make_no_square(monkeypatch):
 def test_with_dropout_blocks_keep_what_the_window_says(monkeypatch):
     monkeypatch.setattr(attention_banded, "BLOCK", 16)
     qkv = random_qkv(B=1, T=1024, N=1, K=1, H=2, dtype=torch.float32)
-    with Largest() as mode:
-        attention(*qkv, scale=1.0, causal=True, sliding_window=33, dropout=0.1).sum().backward()
+    with LargestTensor() as mode:
+        attention(*qkv, Visibility(True, 33), Scoring(1.0), dropout=0.1).sum().backward()
     assert mode.size == max(1024 * 2, 16 * (16 + 33 - 1))
 
 
@@ -212,7 +199,7 @@ def test_the_window_decides_the_work(monkeypatch):
     monkeypatch.setattr(attention_banded, "_capped_scores", lambda *a: counted.append((s := original(*a)).numel()) or s)
     T, window = 640, 33
     q, k, v = random_qkv(B=1, T=T, N=1, K=1, dtype=torch.float32)
-    attention(q, k, v, scale=1.0, causal=True, sliding_window=window).sum().backward()
+    attention(q, k, v, Visibility(True, window), Scoring(1.0)).sum().backward()
     one_pass = sum(16 * (b - max(0, b - 16 - window + 1)) for b in range(16, T + 1, 16))
     assert sum(counted) == 2 * one_pass, "forward, and once more in the backward pass"
     assert max(counted) == 16 * (16 + window - 1)
@@ -225,7 +212,7 @@ def test_the_flop_counter_sees_what_blocks_compute(v_head_dim):
     ends = [*range(block, T, block), T]
     pairs = sum((e - s) * (e - max(0, s - window + 1)) for s, e in zip(range(0, T, block), ends, strict=True))
     with FlopCounterMode(display=False) as forward:
-        out = attention(q, k, v, scale=1.0, causal=True, sliding_window=window)
+        out = attention(q, k, v, Visibility(True, window), Scoring(1.0))
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()
     assert forward.get_total_flops() == 2 * 3 * 4 * (8 + v_head_dim) * pairs
@@ -237,20 +224,20 @@ def test_dropout_drops_the_said_share_and_keeps_the_mean(T):
     """Values are one: an output is the sum of kept probabilities, mean 1 and variance rate / (1 - rate) / keys."""
     q, k, v = torch.zeros(1, T, 8, 2), torch.zeros(1, T, 8, 2), torch.ones(1, T, 8, 2)
     for kernels in ("auto", "reference"):
-        out = attention(q, k, v, scale=1.0, causal=False, dropout=0.25, kernels=kernels)[..., 0]
+        out = attention(q, k, v, Visibility(causal=False), Scoring(1.0), dropout=0.25, kernels=kernels)[..., 0]
         assert abs(out.mean() - 1) < 0.02
         assert abs(out.var() * T / (0.25 / 0.75) - 1) < 0.3
         kept = out * T * 0.75  # a whole number of keys
         torch.testing.assert_close(kept, kept.round(), atol=1e-2, rtol=0)
-    torch.testing.assert_close(attention(q, k, v, scale=1.0, causal=False, dropout=0.0), v)
+    torch.testing.assert_close(attention(q, k, v, Visibility(causal=False), Scoring(1.0), dropout=0.0), v)
 
 
 def test_autocast_runs_matrix_products_in_bf16():
     q, k, v = random_qkv(T=6, dtype=torch.float32)
-    plain = attention(q, k, v, scale=0.3, causal=True, kernels="reference")
+    plain = attention(q, k, v, Visibility(causal=True), Scoring(0.3), kernels="reference")
     for kernels in ("auto", "reference"):
         with torch.autocast("cpu", torch.bfloat16):
-            out = attention(q, k, v, scale=0.3, causal=True, kernels=kernels)
+            out = attention(q, k, v, Visibility(causal=True), Scoring(0.3), kernels=kernels)
         assert out.dtype == torch.bfloat16
         torch.testing.assert_close(out.float(), plain, atol=3e-2, rtol=0)
 
@@ -267,14 +254,14 @@ def test_the_operator_keeps_its_promises_to_the_compiler(monkeypatch):
     q, k, v = random_qkv(B=1, T=9, N=2, K=1, H=2, dtype=torch.float32)
     folded = [x.detach().transpose(1, 2).reshape(1, -1, 2).requires_grad_() for x in (q, k, v)]
     folded[0] = q.detach().reshape(1, 18, 2).requires_grad_()
-    arguments = (*folded, 1, 2, True, 3, 0, None, None, 0.5, None, None)
+    arguments = (*folded, 1, 2, True, 3, 0, None, None, 0.5, None, None, None)
     torch.library.opcheck(attention_banded._banded, arguments)
 
 
 @pytest.mark.parametrize("T", [20, 600])
 def test_meta_tensors_pass_through(T):
     q, k, v = (x.detach().to("meta").requires_grad_() for x in random_qkv(T=T))
-    out = attention(q, k, v, scale=1.0, causal=True, sliding_window=7)
+    out = attention(q, k, v, Visibility(True, 7), Scoring(1.0))
     out.sum().backward()
     assert out.shape == q.shape
     assert q.grad is not None

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from graft.ops import attention_banded, decayed_products
-from graft.ops.attention import SDPA_FROM, attention, choose_kernel
+from graft.ops.attention import SDPA_FROM, Kernels, attention, choose_form
 from graft.ops.attention_mask import Scoring, Visibility
 
 RATES = torch.tensor([40.0, 2.0, 0.7, 0.1, 0.01, 0.0])
@@ -23,9 +23,11 @@ def inputs(T, S=None, *, B=2, N=4, K=2, dtype=torch.float64, seed=0) -> list[Ten
     return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 
 
-def values_and_gradients(qkv: list[Tensor], **settings) -> list[Tensor]:
+def values_and_gradients(
+    qkv: list[Tensor], visibility: Visibility, scoring: Scoring, kernels: Kernels = "auto"
+) -> list[Tensor]:
     leaves = [x.detach().requires_grad_() for x in qkv]
-    out = attention(*leaves, scale=0.4, rates_H=RATES, **settings)
+    out = attention(*leaves, visibility, scoring, kernels=kernels)
     weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
     return [out, *torch.autograd.grad((out * weights).sum(), leaves)]
 
@@ -53,7 +55,7 @@ def test_the_definition_is_the_sum_over_channels():
     fast = decayed_products.decayed_products(q[:, :, 0], k[:, :, 0], RATES, 1, 0, 0, False)
     torch.testing.assert_close(fast[0], wanted, rtol=1e-10, atol=1e-12)
     eye = torch.eye(9, dtype=torch.float64).view(1, 9, 1, 9)
-    p = attention(q, k, eye, scale=1.0, causal=False, rates_H=RATES, kernels="reference")
+    p = attention(q, k, eye, Visibility(causal=False), Scoring(1.0, rates_H=RATES), kernels="reference")
     torch.testing.assert_close(p[0, :, 0], torch.softmax(wanted, dim=-1), rtol=1e-10, atol=1e-12)
 
 
@@ -65,29 +67,25 @@ def problems(draw):
     if draw(st.booleans()):
         cuts = torch.rand(2, S, generator=torch.Generator().manual_seed(draw(st.integers(0, 99)))) < 0.15
         segments = torch.where(torch.arange(S) < draw(st.integers(0, 4)), 0, cuts.cumsum(1) + 1)
-    return (T, S), {
-        "causal": draw(st.booleans()),
-        "sliding_window": draw(st.none() | st.integers(1, S + 1)),
-        "softcap": draw(st.sampled_from([None, 2.0])),
-        "slopes_N": draw(st.sampled_from([None, torch.linspace(0.1, 0.9, 4)])),
-        "query_segments_BT": None if segments is None else segments[:, S - T :],
-        "key_segments_BS": segments,
-    }
+    queries = None if segments is None else segments[:, S - T :]
+    slopes = draw(st.sampled_from([None, torch.linspace(0.1, 0.9, 4)]))
+    visibility = Visibility(draw(st.booleans()), draw(st.none() | st.integers(1, S + 1)), S - T, queries, segments)
+    return (T, S), visibility, Scoring(0.4, draw(st.sampled_from([None, 2.0])), slopes, RATES)
 
 
 @pytest.mark.parametrize("kernel", ["folded", "banded"])
 @settings(max_examples=25)
 @given(problem=problems())
 def test_fast_kernels_equal_the_definition_in_values_and_gradients(kernel, problem):
-    (T, S), asked = problem
+    (T, S), visibility, scoring = problem
     qkv = inputs(T, S)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decayed_products, "NEAR", 2)
         patch.setattr(attention_banded, "BLOCK", 8)
         patch.setattr("graft.ops.attention.FOLDED_BELOW", 1 if kernel == "banded" else 10**6)
         patch.setattr("graft.ops.attention.BLOCK", 10**6)
-        fast = values_and_gradients(qkv, **asked)
-    plain = values_and_gradients(qkv, **asked, kernels="reference")
+        fast = values_and_gradients(qkv, visibility, scoring)
+    plain = values_and_gradients(qkv, visibility, scoring, "reference")
     for a, b in zip(fast, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
@@ -96,17 +94,18 @@ def test_fast_kernels_equal_the_definition_in_values_and_gradients(kernel, probl
 @pytest.mark.parametrize("causal", [True, False])
 def test_training_dtypes_at_the_real_block_sizes(dtype, tolerance, causal):
     qkv = inputs(541, B=1, dtype=dtype)
-    fast = values_and_gradients(qkv, causal=causal)
-    plain = values_and_gradients([x.double() for x in qkv], causal=causal, kernels="reference")
+    asked = (Visibility(causal), Scoring(0.4, rates_H=RATES))
+    fast = values_and_gradients(qkv, *asked)
+    plain = values_and_gradients([x.double() for x in qkv], *asked, "reference")
     for a, b in zip(fast, plain, strict=True):
         assert a.dtype == dtype
         assert ((a.double() - b).abs().max() / b.abs().max()) < tolerance
 
 
-def test_rates_are_never_dropped_by_the_choice_of_kernel():
+def test_rates_are_never_dropped_by_the_choice_of_form():
     q = torch.empty(1, SDPA_FROM, 2, 6, device="meta")
-    assert choose_kernel(q, q, Visibility(True, None, 0), Scoring(1.0)) == "sdpa"
-    assert choose_kernel(q, q, Visibility(True, None, 0), Scoring(1.0, rates_H=RATES)) == "banded"
+    assert choose_form(q, q, Visibility(causal=True), Scoring(1.0)) == "sdpa"
+    assert choose_form(q, q, Visibility(causal=True), Scoring(1.0, rates_H=RATES)) == "banded"
 
 
 def test_memory_is_linear_in_the_length():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from graft.ops.attention import attention
+from graft.ops.attention_mask import Scoring, Visibility
 from graft.positions.alibi import alibi_slopes
 from graft.positions.alibi_config import AlibiConfig
 
@@ -36,6 +37,6 @@ def test_probability_falls_by_the_slope_per_step():
     assert torch.equal(position.encode(x, ()), x)
     v = torch.eye(T).view(1, T, 1, T).expand(1, T, N, T)
     zero = torch.zeros(1, T, N, T)
-    p_TNS = attention(zero, zero, v, scale=1.0, causal=True, slopes_N=position.slopes(CPU))[0]
+    p_TNS = attention(zero, zero, v, Visibility(causal=True), Scoring(1.0, slopes_N=position.slopes(CPU)))[0]
     steps = p_TNS[-1].log().diff(dim=-1)
     torch.testing.assert_close(steps, torch.tensor(alibi_slopes(N))[:, None].expand(N, T - 1))

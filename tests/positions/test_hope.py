@@ -13,6 +13,7 @@ from graft.config.model import ModelConfig
 from graft.errors import ConfigError
 from graft.model import build_model
 from graft.ops.attention import attention
+from graft.ops.attention_mask import Scoring, Visibility
 from graft.positions.base import AttentionPosition
 from graft.positions.hope_config import HopeConfig
 
@@ -26,7 +27,7 @@ def scores(position: AttentionPosition, q_TH, k_TH, *, layer_idx=0, kernels="aut
     k = torch.cat((torch.zeros(1, 1, 1, H, dtype=torch.float64), k), dim=1)
     eye = torch.eye(T + 1, dtype=torch.float64).view(1, T + 1, 1, T + 1)
     rates = position.rates(layer_idx, CPU)
-    p = attention(q, k, eye, scale=1.0, causal=False, offset=1, rates_H=rates, kernels=kernels)[0, :, 0]
+    p = attention(q, k, eye, Visibility(False, offset=1), Scoring(1.0, rates_H=rates), kernels=kernels)[0, :, 0]
     return p[:, 1:].log() - p[:, :1].log()
 
 
@@ -85,7 +86,7 @@ def test_finite_in_bf16_at_distances_of_thousands(causal, kernels):
     encoded = position.encode(x, ())
     assert encoded.dtype == torch.bfloat16
     rates = position.rates(30, CPU)
-    out = attention(encoded, encoded, encoded, scale=1.0, causal=causal, rates_H=rates, kernels=kernels)
+    out = attention(encoded, encoded, encoded, Visibility(causal), Scoring(1.0, rates_H=rates), kernels=kernels)
     (gradient,) = torch.autograd.grad(out.float().square().sum(), x)
     assert torch.isfinite(out).all()
     assert torch.isfinite(gradient).all()

@@ -9,6 +9,7 @@ from graft.config.model import ModelConfig
 from graft.errors import ConfigError
 from graft.model import build_model
 from graft.ops.attention import Kernels, attention
+from graft.ops.attention_mask import Scoring, Visibility
 from graft.positions.rope_config import RopeConfig
 from graft.positions.xpos import Xpos
 from graft.positions.xpos_config import XposConfig
@@ -38,7 +39,7 @@ def attended(
     q, k, v = (x[None, :, None] for x in (q_TH, k_TH, v_TH))
     tables = position.tables(positions_T[None])
     q, k, rates = position.encode(q, tables), position.encode(k, tables), position.rates(0, CPU)
-    return attention(q, k, v, scale=0.7, causal=causal, rates_H=rates, kernels=kernels)[0, :, 0]
+    return attention(q, k, v, Visibility(causal), Scoring(0.7, rates_H=rates), kernels=kernels)[0, :, 0]
 
 
 @pytest.mark.parametrize("kernels", ["auto", "reference"])

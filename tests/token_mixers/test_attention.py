@@ -22,6 +22,7 @@ from graft.initialization import initialize
 from graft.linears.dense_config import DenseConfig
 from graft.norms.rms_norm_config import RMSNormConfig
 from graft.ops import attention_banded
+from graft.ops.attention_mask import Visibility
 from graft.part import Context, PartOutput, Site, parameter_roles, tensors_of
 from graft.positions.base import TablePosition
 from graft.token_mixers.attention import Attention
@@ -217,7 +218,7 @@ class TestValueResidual:
         assert VALUE_RESIDUAL not in out.published
         v = 0.25 * plain.v_proj(x).view(2, 5, 2, 6) + 2.0 * first
         q, k, _ = plain.project(x, context(2, 5))
-        wanted = plain.o_proj(plain.attend(q, k, v, None, None, causal=True).flatten(-2))
+        wanted = plain.o_proj(plain.attend(q, k, v, Visibility(causal=True)).flatten(-2))
         torch.testing.assert_close(out.y, wanted)
 
     def test_decoding_mixes_before_it_remembers(self):

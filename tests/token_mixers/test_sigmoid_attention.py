@@ -16,6 +16,7 @@ from graft.config.roles import MATRIX_ROLES, NO_DECAY
 from graft.initialization import initialize
 from graft.linears.dense_config import DenseConfig
 from graft.norms.rms_norm_config import RMSNormConfig
+from graft.ops.attention_mask import Visibility
 from graft.part import Context, Site, parameter_roles
 from graft.token_mixers.attention_config import AttentionConfig
 from graft.token_mixers.heads import MultiHead
@@ -172,7 +173,7 @@ def test_values_of_the_first_layer_are_shared_with_softmax_attention():
     part, plain = sigmoid_part(value_residual=True), sigmoid_part()
     x, first = torch.randn(1, 5, 24), torch.randn(1, 5, 2, 6)
     q, k, v = plain.project(x, context(1, 5))
-    wanted = plain.o_proj(plain.attend(q, k, (v + first) / 2, None, None, causal=True).flatten(-2))
+    wanted = plain.o_proj(plain.attend(q, k, (v + first) / 2, Visibility(causal=True)).flatten(-2))
     torch.testing.assert_close(part(x, context(1, 5, published={VALUE_RESIDUAL: first})).y, wanted)
 
 

@@ -16,6 +16,7 @@ from graft.memories.memory_bank_config import MemoryBankConfig
 from graft.memories.pooling import PoolState
 from graft.ops.absorbed import absorb, absorbed_flops, expand
 from graft.ops.attention import attention
+from graft.ops.attention_mask import Scoring, Visibility
 from graft.ops.chapter_attention import chapter_attention
 from graft.ops.routing import count
 from graft.part import Context, Part, PartOutput, Site, State, linear_flops
@@ -170,10 +171,11 @@ class MemoryBank(Part):
 
     def _attend(self, q_XNH: Tensor, rows_MW: Tensor, choice: Choice | None, *, project: bool) -> Tensor:
         """Attention to the slots' keys and values, or (not ``project``) to the slots as they are, one for all heads."""
-        how = {"scale": self.head_dim**-0.5, "dropout": self._dropout(), "kernels": self.kernels}
+        scale, dropout = self.head_dim**-0.5, self._dropout()
         if choice is None:
             k_MKH, v_MKH = self._keys_values(rows_MW, project)
-            return attention(q_XNH[None], k_MKH[None], v_MKH[None], causal=False, **how)[0]
+            one_row = (q_XNH[None], k_MKH[None], v_MKH[None], Visibility(causal=False), Scoring(scale))
+            return attention(*one_row, dropout=dropout, kernels=self.kernels)[0]
         num_chapters = self.settings.num_chapters
         assert num_chapters is not None
         chapters_XC, weights_XC = self._chapters(choice)
@@ -181,7 +183,8 @@ class MemoryBank(Part):
         if project and chapters_XC.numel() < num_chapters and self.kernels != "reference":
             rows_EMW = rows_EMW.index_select(0, chapters_XC.flatten())  # the only ones that are worth projecting
             chapters_XC = torch.arange(chapters_XC.numel(), device=chapters_XC.device).view_as(chapters_XC)
-        return chapter_attention(q_XNH, *self._keys_values(rows_EMW, project), chapters_XC, weights_XC, **how)
+        given = (q_XNH, *self._keys_values(rows_EMW, project), chapters_XC, weights_XC)
+        return chapter_attention(*given, scale=scale, dropout=dropout, kernels=self.kernels)
 
     def _keys_values(self, rows: Tensor, project: bool) -> tuple[Tensor, Tensor]:
         """Keys and values of rows [..., M, W]: [..., M, K, H] each."""

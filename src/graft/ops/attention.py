@@ -1,4 +1,4 @@
-"""Softmax attention: one function, and the choice of the kernel that computes it."""
+"""Softmax attention: one function, and the choice of the form that computes it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graft.ops.attention_banded import BLOCK, banded_attention
-from graft.ops.attention_folded import Scoring, folded_attention
-from graft.ops.attention_mask import Visibility
+from graft.ops.attention_folded import folded_attention
+from graft.ops.attention_mask import Scoring, Visibility
 from graft.ops.attention_reference import reference_attention
 from graft.ops.autocast import full_precision, matmul_operand
-from graft.ops.kernels import Kernel as OutsideKernel
+from graft.ops.kernels import Kernel
 from graft.ops.outside_graphs import outside_graphs
-from graft.shapes import Float, Int
+from graft.shapes import Float
 
 Kernels = Literal["auto", "reference"]
 """``runtime.kernels``: the fastest kernel that fits, or the plain definition."""
 
-Kernel = Literal["reference", "folded", "banded", "sdpa"]
+Form = Literal["reference", "folded", "banded", "sdpa"]
+"""How `attention` is computed: by the definition, as one block, block by block, or by PyTorch's fused kernel."""
 
 FOLDED_BELOW = 512
 """Query positions from which blocks beat one product over the whole square on a CPU."""
@@ -29,7 +30,7 @@ SDPA_FROM = 2048
 """Query positions from which PyTorch's fused kernel beats the blocks on a CPU: fp32, all keys, no extras."""
 
 
-def choose_kernel(
+def choose_form(
     q_BTNH: Tensor,
     k_BSKH: Tensor,
     visibility: Visibility,
@@ -38,8 +39,8 @@ def choose_kernel(
     v_head_dim: int | None = None,
     dropout: float = 0.0,
     kernels: Kernels = "auto",
-) -> Kernel:
-    """The kernel `attention` uses; all agree in values and gradients, and all support dropout.
+) -> Form:
+    """The form `attention` uses; all agree in values and gradients, and all support dropout.
 
     ``reference`` on request; ``sdpa`` (PyTorch's fused kernel, which knows only plain or wholly causal attention) on
     accelerators and for long fp32 sequences; ``banded`` for what is long, or limited by a window over more than one
@@ -71,37 +72,23 @@ def attention(
     q_BTNH: Float[Tensor, "B T N H"],
     k_BSKH: Float[Tensor, "B S K H"],
     v_BSKH: Float[Tensor, "B S K v_head_dim"],
+    visibility: Visibility,
+    scoring: Scoring,
     *,
-    scale: float,
-    causal: bool,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    offset: int | None = None,
-    query_segments_BT: Int[Tensor, "B T"] | None = None,
-    key_segments_BS: Int[Tensor, "B S"] | None = None,
-    slopes_N: Float[Tensor, " N"] | None = None,
-    rates_H: Float[Tensor, " H"] | None = None,
     dropout: float = 0.0,
     kernels: Kernels = "auto",
-    kernel: OutsideKernel | None = None,
+    kernel: Kernel | None = None,
 ) -> Float[Tensor, "B T N v_head_dim"]:
-    """``softmax(cap(scale·q·k) − slope·|i − j|) v`` over the keys a query may see; see `Scoring` for scores.
+    """``softmax(scores) v`` over the keys a query may see.
 
-    Under autocast q, k and v are cast to its dtype; softmax statistics are fp32 in every kernel.
+    Under autocast q, k and v are cast to its dtype; softmax statistics are fp32 in every form.
 
     Args:
         q_BTNH: queries, N = K·G heads; head n reads key head n // G.
         k_BSKH: keys.
         v_BSKH: values, which may have more or fewer channels than keys.
-        scale: factor on q·k.
-        causal: hide keys after the query.
-        sliding_window: hide keys at a distance of this many or more (a query counts itself); None = no limit.
-        softcap: c in c·tanh(score/c), before distance and mask; None = no cap.
-        offset: index of query 0 among the keys; None = S - T (the queries are the last of the keys).
-        query_segments_BT: document numbers of the queries, 0 = padding; a query sees its own document alone.
-        key_segments_BS: document numbers of the keys; given exactly when the queries' are.
-        slopes_N: constants (no gradient), the distance penalty of each head; None = none.
-        rates_H: constants ≥ 0 (no gradient), the rates at which channels of q·k fade with distance; None = none does.
+        visibility: which keys a query sees.
+        scoring: how q·k becomes a score.
         dropout: rate of probabilities dropped (the rest is scaled up); 0 outside training.
         kernels: ``reference`` forces the plain definition.
         kernel: computes whole sequences where PyTorch's fused kernel cannot; None = graft's own.
@@ -109,20 +96,15 @@ def attention(
     Returns:
         In the dtype of q (autocast's under autocast). A query that sees no key (padding) gives zeros, and no gradient.
     """
-    assert (query_segments_BT is None) == (key_segments_BS is None), "segments of queries and keys go together"
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-    offset = S - T if offset is None else offset
-    if sliding_window is not None and sliding_window >= max(S, T + offset, S - offset):
-        sliding_window = None  # it hides nothing
-    visibility = Visibility(causal, sliding_window, offset, query_segments_BT, key_segments_BS)
-    scoring = Scoring(scale, softcap, slopes_N, rates_H)
+    visibility = visibility.without_idle_window(T, S)
     q_BTNH, k_BSKH, v_BSKH = (matmul_operand(x) for x in (q_BTNH, k_BSKH, v_BSKH))
     if kernel is not None and T == S and dropout == 0.0 and not _fused_can(T, S, visibility, scoring):
         with full_precision(q_BTNH.device):
             return outside_graphs(kernel.run)(q_BTNH, k_BSKH, v_BSKH, visibility, scoring)
     width = v_BSKH.shape[-1]
-    form = choose_kernel(q_BTNH, k_BSKH, visibility, scoring, v_head_dim=width, dropout=dropout, kernels=kernels)
-    with full_precision(q_BTNH.device):  # the kernels choose dtypes themselves
+    form = choose_form(q_BTNH, k_BSKH, visibility, scoring, v_head_dim=width, dropout=dropout, kernels=kernels)
+    with full_precision(q_BTNH.device):  # the forms choose dtypes themselves
         match form:
             case "reference":
                 return reference_attention(q_BTNH, k_BSKH, v_BSKH, visibility, scoring, dropout=dropout)

@@ -125,7 +125,7 @@ def _banded(
     scale: float,
     softcap: float | None,
     slopes: Tensor | None,
-    rates: Tensor | None = None,
+    rates: Tensor | None,
 ) -> Tensor:
     """[B·K, T·G, H] folded queries, [B·K, S, H] keys, values [B·K, S, any width] to [B·K, T·G, that width]."""
     visibility = Visibility(causal, window, offset, query_segments, key_segments)
@@ -154,7 +154,7 @@ def _banded_backward(
     scale: float,
     softcap: float | None,
     slopes: Tensor | None,
-    rates: Tensor | None = None,
+    rates: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v. Those of keys and values add up over blocks, in fp32 at least."""
     visibility = Visibility(causal, window, offset, query_segments, key_segments)
@@ -198,10 +198,15 @@ def keep_arguments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  
     ctx.arguments = tuple(None if isinstance(x, Tensor) else (x,) for x in inputs)
 
 
+def kept_arguments(ctx: Any) -> list[Any]:
+    """What `keep_arguments` kept, in order."""
+    saved = iter(ctx.saved_tensors)
+    return [next(saved) if x is None else x[0] for x in ctx.arguments]
+
+
 def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients in the order of `_banded`'s arguments; all but q, k and v are constants."""
-    saved = iter(ctx.saved_tensors)
-    arguments = [next(saved) if x is None else x[0] for x in ctx.arguments]
+    arguments = kept_arguments(ctx)
     return *_banded_backward(d_out.contiguous(), *arguments), *(None,) * (len(arguments) - 3)
 
 

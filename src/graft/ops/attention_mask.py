@@ -20,15 +20,22 @@ class Visibility:
         causal: j ≤ i.
         window: |i − j| < window (so a query counts itself); None = no limit.
         offset: index of query 0 among the keys.
-        query_segments_BT: document numbers; equal to the key's, and not 0. None = no such rule.
+        query_segments_BT: document numbers of the queries, 0 = padding: equal to the key's, and not 0. None = no such
+            rule.
         key_segments_BS: document numbers of the keys; None together with the queries'.
     """
 
     causal: bool
-    window: int | None
-    offset: int
+    window: int | None = None
+    offset: int = 0
     query_segments_BT: Tensor | None = None
     key_segments_BS: Tensor | None = None
+
+    def without_idle_window(self, num_queries: int, num_keys: int) -> Visibility:
+        """The same without a window that hides nothing."""
+        if self.window is None or self.window < max(num_keys, num_queries + self.offset, num_keys - self.offset):
+            return self
+        return Visibility(self.causal, None, self.offset, self.query_segments_BT, self.key_segments_BS)
 
     def key_range(self, start: int, end: int, num_keys: int) -> tuple[int, int]:
         """The half-open range of keys that any of the queries [start, end) may see."""

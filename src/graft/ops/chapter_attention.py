@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from graft.ops.attention import Kernels, attention
+from graft.ops.attention_mask import Scoring, Visibility
 from graft.shapes import Float, Int
 
 BLOCKS_PER_CHAPTER = 4
@@ -60,15 +61,8 @@ def every_chapter(
     total_TNH: Tensor | None = None
     dtype = q_TNH.dtype
     for e in range(num_chapters):
-        read_TNH = attention(
-            q_TNH[None],
-            k_EMKH[e][None],
-            v_EMKH[e][None],
-            scale=scale,
-            causal=False,
-            dropout=dropout,
-            kernels="reference",
-        )[0]
+        one_row = (q_TNH[None], k_EMKH[e][None], v_EMKH[e][None], Visibility(causal=False), Scoring(scale))
+        read_TNH = attention(*one_row, dropout=dropout, kernels="reference")[0]
         dtype = read_TNH.dtype
         weighted_TNH = weights_TE[:, e, None, None] * read_TNH
         total_TNH = weighted_TNH if total_TNH is None else total_TNH + weighted_TNH
@@ -138,8 +132,8 @@ def grouped_by_chapter(
         empty.index_copy(0, blocks.place_X, q_XNH).unflatten(0, (num_blocks, blocks.rows)),
         k_EMKH.index_select(0, blocks.chapter_J),
         v_EMKH.index_select(0, blocks.chapter_J),
-        scale=scale,
-        causal=False,
+        Visibility(causal=False),
+        Scoring(scale),
         dropout=dropout,
     )
     read_TCNH = read.flatten(0, 1).index_select(0, blocks.place_X).unflatten(0, chapters_TC.shape)

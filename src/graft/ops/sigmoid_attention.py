@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from graft.ops.attention import FOLDED_BELOW, Kernels
-from graft.ops.attention_banded import BLOCK, keep_arguments, pair_flops
+from graft.ops.attention_banded import BLOCK, keep_arguments, kept_arguments, pair_flops
 from graft.ops.attention_folded import (
     Block,
     fold_keys,
@@ -28,58 +28,42 @@ from graft.ops.attention_mask import Scoring, Visibility
 from graft.ops.autocast import full_precision, matmul_operand
 from graft.ops.decayed_products import decayed_products_backward
 from graft.ops.sigmoid_attention_reference import NORMALIZER_EPS, Weighing, reference_sigmoid_attention
-from graft.shapes import Float, Int
+from graft.shapes import Float
 
 
 def sigmoid_attention(
     q_BTNH: Float[Tensor, "B T N H"],
     k_BSKH: Float[Tensor, "B S K H"],
     v_BSKH: Float[Tensor, "B S K v_head_dim"],
-    *,
-    scale: float,
-    causal: bool,
+    visibility: Visibility,
+    scoring: Scoring,
     weighing: Weighing,
-    sliding_window: int | None = None,
-    offset: int | None = None,
-    query_segments_BT: Int[Tensor, "B T"] | None = None,
-    key_segments_BS: Int[Tensor, "B S"] | None = None,
-    slopes_N: Float[Tensor, " N"] | None = None,
-    rates_H: Float[Tensor, " H"] | None = None,
+    *,
     kernels: Kernels = "auto",
 ) -> Float[Tensor, "B T N v_head_dim"]:
-    """``Σ_j σ(scale·q·k_j − slope·|i − j| + bias) v_j`` over the keys a query may see; see `Scoring` and `Weighing`.
+    """``Σ_j σ(score_j + bias) v_j`` over the keys a query may see; see `Scoring` and `Weighing`.
 
-    Under autocast q, k and v are cast to its dtype; weights and their sums are fp32 in every kernel.
+    Under autocast q, k and v are cast to its dtype; weights and their sums are fp32 in every form.
 
     Args:
         q_BTNH: queries, N = K·G heads; head n reads key head n // G.
         k_BSKH: keys.
         v_BSKH: values, which may have more or fewer channels than keys.
-        scale: factor on q·k.
-        causal: hide keys after the query.
+        visibility: which keys a query sees.
+        scoring: how q·k becomes a score; without a soft cap.
         weighing: how scores become weights.
-        sliding_window: hide keys at a distance of this many or more (a query counts itself); None = no limit.
-        offset: index of query 0 among the keys; None = S - T (the queries are the last of the keys).
-        query_segments_BT: document numbers of the queries, 0 = padding; a query sees its own document alone.
-        key_segments_BS: document numbers of the keys; given exactly when the queries' are.
-        slopes_N: constants (no gradient), the distance penalty of each head; None = none.
-        rates_H: constants ≥ 0 (no gradient), the rates at which channels of q·k fade with distance; None = none does.
         kernels: ``reference`` forces the plain definition.
 
     Returns:
         In the dtype of q (autocast's under autocast). A query that sees no key (padding) gives zeros, and no gradient.
     """
-    assert (query_segments_BT is None) == (key_segments_BS is None), "segments of queries and keys go together"
-    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-    visibility = Visibility(
-        causal, sliding_window, S - T if offset is None else offset, query_segments_BT, key_segments_BS
-    )
-    scoring = Scoring(scale, None, slopes_N, rates_H)
+    assert scoring.softcap is None, "a sigmoid caps by itself"
+    T, S, window = q_BTNH.shape[1], k_BSKH.shape[1], visibility.window
     q_BTNH, k_BSKH, v_BSKH = (matmul_operand(x) for x in (q_BTNH, k_BSKH, v_BSKH))
     with full_precision(q_BTNH.device):
         if kernels == "reference":
             return reference_sigmoid_attention(q_BTNH, k_BSKH, v_BSKH, visibility, scoring, weighing)
-        if T >= FOLDED_BELOW or (sliding_window is not None and sliding_window < S and T > BLOCK):
+        if T >= FOLDED_BELOW or (window is not None and window < S and T > BLOCK):
             return banded_sigmoid_attention(q_BTNH, k_BSKH, v_BSKH, visibility, scoring, weighing)
         return folded_sigmoid_attention(q_BTNH, k_BSKH, v_BSKH, visibility, scoring, weighing)
 
@@ -186,7 +170,7 @@ def _banded(
 ) -> Tensor:
     """[B·K, T·G, H] folded queries, [B·K, S, H] keys, values [B·K, S, any width] to [B·K, T·G, that width]."""
     visibility = Visibility(causal, window, offset, query_segments, key_segments)
-    scoring, weighing = Scoring(scale, None, slopes, rates), Weighing(bias, head_bias, normalize)
+    scoring, weighing = Scoring(scale, slopes_N=slopes, rates_H=rates), Weighing(bias, head_bias, normalize)
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     for block in _blocks(q, k, (batch, q.shape[0] // batch, group), visibility, scoring):
         w = _weights(q[:, block.rows], k[:, block.keys], block, visibility, scoring, weighing)
@@ -216,7 +200,7 @@ def _banded_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of each head's bias ([N], whether it has one or not), summed in fp32 at least."""
     visibility = Visibility(causal, window, offset, query_segments, key_segments)
-    scoring, weighing = Scoring(scale, None, slopes, rates), Weighing(bias, head_bias, normalize)
+    scoring, weighing = Scoring(scale, slopes_N=slopes, rates_H=rates), Weighing(bias, head_bias, normalize)
     wide = torch.promote_types(k.dtype, torch.float32)
     d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
     num_kv_heads = q.shape[0] // batch
@@ -261,8 +245,7 @@ def _(
 
 def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients in the order of `_banded`'s arguments; all but q, k, v and the heads' bias are constants."""
-    saved = iter(ctx.saved_tensors)
-    arguments = [next(saved) if x is None else x[0] for x in ctx.arguments]
+    arguments = kept_arguments(ctx)
     *d_qkv, d_bias = _banded_backward(d_out.contiguous(), *arguments)
     head_bias: Tensor | None = arguments[3]
     d_head_bias = None if head_bias is None else d_bias.to(head_bias.dtype)

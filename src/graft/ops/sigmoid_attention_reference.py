@@ -21,7 +21,7 @@ class Weighing:
     Args:
         bias: added to every score; None = −log of the number of keys that the query sees.
         bias_N: [N] added to the scores of each head, with a gradient; None = nothing.
-        normalize: weights are divided by (their sum + 1e-6).
+        normalize: weights are divided by (their sum + `NORMALIZER_EPS`).
     """
 
     bias: float | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from graft.ops.attention import attention
+from graft.ops.attention_mask import Scoring, Visibility
 from graft.part import Site
 from graft.token_mixers.attention_config import AttentionConfig
 from graft.token_mixers.heads import MultiHead
@@ -31,33 +32,14 @@ class Attention(MultiHead):
         self.dropout = config.dropout
         self.scale = (config.query_pre_attn_scalar or self.head_dim) ** -0.5
 
-    def attend(
-        self,
-        q_BTNH: Tensor,
-        k_BSKH: Tensor,
-        v_BSKH: Tensor,
-        query_segments_BT: Tensor | None,
-        key_segments_BS: Tensor | None,
-        *,
-        causal: bool,
-        limited: bool = True,
-        offset: int | None = None,
-    ) -> Tensor:
+    def attend(self, q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, visibility: Visibility) -> Tensor:
         """Softmax over the visible keys; see `MultiHead.attend`."""
-        slopes_N, rates_H = self.distance_terms(q_BTNH.device)
         return attention(
             q_BTNH,
             k_BSKH,
             v_BSKH,
-            scale=self.scale,
-            causal=causal,
-            sliding_window=self.sliding_window if limited else None,
-            softcap=self.logit_softcap,
-            offset=offset,
-            query_segments_BT=query_segments_BT,
-            key_segments_BS=key_segments_BS,
-            slopes_N=slopes_N,
-            rates_H=rates_H,
+            visibility,
+            Scoring(self.scale, self.logit_softcap, *self.distance_terms(q_BTNH.device)),
             dropout=self.dropout if self.training else 0.0,
             kernels=self.kernels,
             kernel=self.kernel,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from graft.config.roles import Role
 from graft.initialization import Rng, normal_
 from graft.ops.attention import attention
+from graft.ops.attention_mask import Scoring, Visibility
 from graft.part import Site
 from graft.token_mixers.differential_config import DifferentialConfig
 from graft.token_mixers.heads import MultiHead, visible_pairs
@@ -65,37 +66,13 @@ class Differential(MultiHead):
         q1, k1, q2, k2 = (self.get_parameter(name).to(wide) for name in self.param_roles)
         return torch.exp((q1 * k1).sum()) - torch.exp((q2 * k2).sum()) + self.lambda_init
 
-    def attend(
-        self,
-        q_BTNH: Tensor,
-        k_BSKH: Tensor,
-        v_BSKH: Tensor,
-        query_segments_BT: Tensor | None,
-        key_segments_BS: Tensor | None,
-        *,
-        causal: bool,
-        limited: bool = True,
-        offset: int | None = None,
-    ) -> Tensor:
+    def attend(self, q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, visibility: Visibility) -> Tensor:
         """The difference of two attentions, normed; see `MultiHead.attend`."""
         slopes_N, rates_H = self.distance_terms(q_BTNH.device)
-        slopes = None if slopes_N is None else slopes_N[1::2]
+        scoring = Scoring(self.scale, None, None if slopes_N is None else slopes_N[1::2], rates_H)
         v_BSKH = torch.cat(v_BSKH.chunk(2, dim=2), dim=-1)  # K/2 heads of 2·H channels
         first_BTNH, second_BTNH = (
-            attention(
-                q,
-                k,
-                v_BSKH,
-                scale=self.scale,
-                causal=causal,
-                sliding_window=self.sliding_window if limited else None,
-                offset=offset,
-                query_segments_BT=query_segments_BT,
-                key_segments_BS=key_segments_BS,
-                slopes_N=slopes,
-                rates_H=rates_H,
-                kernels=self.kernels,
-            )
+            attention(q, k, v_BSKH, visibility, scoring, kernels=self.kernels)
             for q, k in zip(q_BTNH.chunk(2, dim=2), k_BSKH.chunk(2, dim=2), strict=True)
         )
         return self._normed(first_BTNH, second_BTNH).unflatten(-1, (2, -1)).flatten(2, 3)

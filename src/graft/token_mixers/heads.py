@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from graft.linears.joint import joint_linear
+from graft.ops.attention_mask import Visibility
 from graft.part import Context, Part, PartOutput, Site, State, linear_flops
 from graft.positions.base import AttentionPosition, tables_for
 from graft.shapes import Float
@@ -49,29 +50,14 @@ class MultiHead(Part):
         self.value_residual = ValueResidual() if config.value_residual else None
 
     @abstractmethod
-    def attend(
-        self,
-        q_BTNH: Tensor,
-        k_BSKH: Tensor,
-        v_BSKH: Tensor,
-        query_segments_BT: Tensor | None,
-        key_segments_BS: Tensor | None,
-        *,
-        causal: bool,
-        limited: bool = True,
-        offset: int | None = None,
-    ) -> Tensor:
+    def attend(self, q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, visibility: Visibility) -> Tensor:
         """Values weighed by what queries make of keys: [B, T, N, H].
 
         Args:
             q_BTNH: queries, norm and position worked in.
             k_BSKH: keys, alike.
             v_BSKH: values.
-            query_segments_BT: document numbers of the queries, 0 = padding; None = one document.
-            key_segments_BS: those of the keys.
-            causal: keys after a query are hidden.
-            limited: the sliding window applies (it does not when the state holds just what is inside it).
-            offset: index of query 0 among the keys; None = the queries are the last of the keys.
+            visibility: which keys a query sees.
         """
 
     def forward(self, x_BTD: Float[Tensor, "B T D"], ctx: Context, state: KVState | None = None) -> PartOutput:
@@ -84,7 +70,9 @@ class MultiHead(Part):
                 published[VALUE_RESIDUAL] = first_BTKH = v_BTKH
             v_BTKH = self.value_residual(v_BTKH, first_BTKH)
         if state is None:
-            o_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, ctx.segment_ids_BT, ctx.segment_ids_BT, causal=ctx.causal)
+            segments_BT = ctx.segment_ids_BT
+            visibility = Visibility(ctx.causal, self.sliding_window, 0, segments_BT, segments_BT)
+            o_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, visibility)
         else:
             assert ctx.causal, "an encoder has no state"
             o_BTNH, state = self._decode(q_BTNH, k_BTKH, v_BTKH, ctx.segment_ids_BT, state)
@@ -103,22 +91,10 @@ class MultiHead(Part):
         self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, segments_BT: Tensor | None, state: KVState
     ) -> tuple[Tensor, KVState]:
         """Attends from the new positions to everything they may see, and keeps their keys and values."""
-        window = self.sliding_window
-        slopes_N, rates_H = self.distance_terms(q_BTNH.device)
-        any_order = slopes_N is None and rates_H is None
+        window, dtype = self.sliding_window, q_BTNH.dtype
+        any_order = all(term is None for term in self.distance_terms(q_BTNH.device))
         keys, state = extend(state, k_BTKH, v_BTKH, segments_BT, window=window, any_order=any_order)
-        if keys.segments_BS is not None and segments_BT is None:
-            segments_BT = keys.segments_BS.new_ones((1, 1)).expand(q_BTNH.shape[:2])
-        return self.attend(
-            q_BTNH,
-            keys.k_BSKH.to(q_BTNH.dtype),
-            keys.v_BSKH.to(q_BTNH.dtype),
-            segments_BT,
-            keys.segments_BS,
-            causal=not keys.all_seen,
-            limited=not keys.all_seen,
-            offset=keys.offset,
-        ), state
+        return self.attend(q_BTNH, keys.k_BSKH.to(dtype), keys.v_BSKH.to(dtype), keys.visibility(window)), state
 
     def distance_terms(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """What distance does to scores: slopes [N] and rates [H], see `graft.positions.base.AttentionPosition`."""

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from graft.ops.attention_mask import Visibility
+
 
 class KVState(NamedTuple):
     """Keys and values of one layer. Updated in place: the one passed to `extend` is consumed.
@@ -31,6 +33,7 @@ class Keys(NamedTuple):
         k_BSKH: keys in order of position, or in any order when ``all_seen``.
         v_BSKH: values, alike.
         segments_BS: their document numbers, if any were ever given.
+        query_segments_BT: those of the new queries, alike.
         offset: index of the first new query among the keys.
         all_seen: neither causality nor the window hides any of them from the (single) query.
     """
@@ -38,8 +41,14 @@ class Keys(NamedTuple):
     k_BSKH: Tensor
     v_BSKH: Tensor
     segments_BS: Tensor | None
+    query_segments_BT: Tensor | None
     offset: int
-    all_seen: bool
+    all_seen: bool = False
+
+    def visibility(self, window: int | None) -> Visibility:
+        """Which of them the new queries see, with the layer's sliding window; decoding is causal."""
+        segments = (self.query_segments_BT, self.segments_BS)
+        return Visibility(not self.all_seen, None if self.all_seen else window, self.offset, *segments)
 
 
 def empty_state(
@@ -83,10 +92,10 @@ def extend(
 
     if not rolls or seen + T <= capacity:
         _write(after, new, seen)
-        return _keys(after, 0, seen + T, seen), after
+        return _as_they_lie(after, seen + T, new_segments_BT, offset=seen), after
     if T == 1 and any_order:
         _write(after, new, seen)
-        return _keys(after, 0, capacity, capacity - 1)._replace(all_seen=True), after
+        return _as_they_lie(after, capacity, new_segments_BT, offset=capacity - 1)._replace(all_seen=True), after
     kept = min(seen, capacity - 1)  # what the first new query sees beside itself
     old = _unrolled(after, seen - kept, seen)
     k_BKSH, v_BKSH = (torch.cat((a, b.to(a.dtype)), dim=2) for a, b in zip(old[:2], new[:2], strict=True))
@@ -94,7 +103,7 @@ def extend(
     if old[2] is not None and new_segments_BT is not None:
         segments = torch.cat((old[2], new_segments_BT.to(old[2].dtype)), dim=1)
     _write(after, new, seen)
-    return Keys(k_BKSH.transpose(1, 2), v_BKSH.transpose(1, 2), segments, kept, False), after
+    return Keys(k_BKSH.transpose(1, 2), v_BKSH.transpose(1, 2), segments, new_segments_BT, kept), after
 
 
 _Parts = tuple[Tensor, Tensor, Tensor | None]
@@ -139,8 +148,8 @@ def _unrolled(state: KVState, start: int, end: int) -> _Parts:
     return k_BKSH, v_BKSH, None if segments_BS is None else torch.cat([segments_BS[:, s] for s in pieces], dim=1)
 
 
-def _keys(state: KVState, first: int, last: int, offset: int) -> Keys:
-    """Slots [first, last) as they lie, without a copy."""
-    segments_BS = None if state.segments_BS is None else state.segments_BS[:, first:last]
-    k_BSKH, v_BSKH = (x[:, :, first:last].transpose(1, 2) for x in (state.k_BKSH, state.v_BKSH))
-    return Keys(k_BSKH, v_BSKH, segments_BS, offset, False)
+def _as_they_lie(state: KVState, count: int, query_segments_BT: Tensor | None, *, offset: int) -> Keys:
+    """The first slots, without a copy."""
+    segments_BS = None if state.segments_BS is None else state.segments_BS[:, :count]
+    k_BSKH, v_BSKH = (x[:, :, :count].transpose(1, 2) for x in (state.k_BKSH, state.v_BKSH))
+    return Keys(k_BSKH, v_BSKH, segments_BS, query_segments_BT, offset)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from graft.linears.dense import Dense
 from graft.ops.attention import attention
+from graft.ops.attention_mask import Scoring, Visibility
 from graft.part import Context, Part, PartOutput, Site, linear_flops
 from graft.positions.base import AttentionPosition, tables_for
 from graft.shapes import Float
@@ -156,19 +157,11 @@ class MLA(Part):
         return None if rates_H is None else F.pad(rates_H, (channels - len(rates_H), 0))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Queries, latents: Latents, causal: bool) -> Tensor:
-        return attention(
-            q,
-            k.to(q.dtype),
-            v.to(q.dtype),
-            scale=self.scale,
-            rates_H=self._rates(q.shape[-1], q.device),
-            causal=causal and not latents.all_seen,
-            sliding_window=self.sliding_window,
-            offset=latents.offset,
-            query_segments_BT=queries.segments_BT,
-            key_segments_BS=latents.segments_BS,
-            kernels=self.kernels,
-        )
+        offset = k.shape[1] - q.shape[1] if latents.offset is None else latents.offset
+        causal = causal and not latents.all_seen
+        visibility = Visibility(causal, self.sliding_window, offset, queries.segments_BT, latents.segments_BS)
+        scoring = Scoring(self.scale, rates_H=self._rates(q.shape[-1], q.device))
+        return attention(q, k.to(q.dtype), v.to(q.dtype), visibility, scoring, kernels=self.kernels)
 
     def _output(self, o_BTNH: Tensor) -> Tensor:
         return self.o_proj(o_BTNH.flatten(-2))
@@ -188,9 +181,7 @@ class MLA(Part):
         window = self.sliding_window
         any_order = self._rates(self.qk_rope_head_dim, c_BT1R.device) is None
         kept, state = extend(state, c_BT1R, rope_BT1H, new.segments_BS, window=window, any_order=any_order)
-        if kept.segments_BS is not None and queries.segments_BT is None:
-            document_1 = kept.segments_BS.new_ones((1, 1)).expand(c_BT1R.shape[:2])
-            queries = queries._replace(segments_BT=document_1)
+        queries = queries._replace(segments_BT=kept.query_segments_BT)
         dtype = new.c_BSR.dtype
         c_BSR, rope_BSH = (x.squeeze(2).to(dtype) for x in (kept.k_BSKH, kept.v_BSKH))
         return queries, Latents(c_BSR, rope_BSH, kept.segments_BS, kept.offset, kept.all_seen), state

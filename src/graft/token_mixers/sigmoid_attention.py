@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from graft.config.roles import Role
 from graft.initialization import Rng
+from graft.ops.attention_mask import Scoring, Visibility
 from graft.ops.sigmoid_attention import sigmoid_attention
 from graft.ops.sigmoid_attention_reference import Weighing
 from graft.part import Site
@@ -45,32 +46,8 @@ class SigmoidAttention(MultiHead):
         if self.head_bias is not None:
             nn.init.zeros_(self.head_bias)
 
-    def attend(
-        self,
-        q_BTNH: Tensor,
-        k_BSKH: Tensor,
-        v_BSKH: Tensor,
-        query_segments_BT: Tensor | None,
-        key_segments_BS: Tensor | None,
-        *,
-        causal: bool,
-        limited: bool = True,
-        offset: int | None = None,
-    ) -> Tensor:
+    def attend(self, q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, visibility: Visibility) -> Tensor:
         """A sigmoid of each visible key's score; see `MultiHead.attend`."""
-        slopes_N, rates_H = self.distance_terms(q_BTNH.device)
-        return sigmoid_attention(
-            q_BTNH,
-            k_BSKH,
-            v_BSKH,
-            scale=self.head_dim**-0.5,
-            causal=causal,
-            weighing=Weighing(self.bias, self.head_bias, self.normalize),
-            sliding_window=self.sliding_window if limited else None,
-            offset=offset,
-            query_segments_BT=query_segments_BT,
-            key_segments_BS=key_segments_BS,
-            slopes_N=slopes_N,
-            rates_H=rates_H,
-            kernels=self.kernels,
-        )
+        scoring = Scoring(self.head_dim**-0.5, None, *self.distance_terms(q_BTNH.device))
+        weighing = Weighing(self.bias, self.head_bias, self.normalize)
+        return sigmoid_attention(q_BTNH, k_BSKH, v_BSKH, visibility, scoring, weighing, kernels=self.kernels)

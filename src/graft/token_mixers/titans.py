@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graft.ops.attention_mask import Visibility
 from graft.ops.documents import Documents
 from graft.ops.prefix_attention import prefix_attention, window_attention
 from graft.part import Context, Part, Site, State, linear_flops
@@ -37,9 +36,7 @@ class SlidingTitans(Titans):
             return y_BTNH.flatten(-2), None
         keys, near = extend(state.near, k, v, segments_BT, window=window, any_order=False)
         T, S = q.shape[1], keys.k_BSKH.shape[1]
-        if keys.segments_BS is not None and segments_BT is None:
-            segments_BT = keys.segments_BS.new_ones((1, 1)).expand(q.shape[:2])
-        seen = Visibility(True, window, keys.offset, segments_BT, keys.segments_BS).block(0, T, 0, S, q.device)
+        seen = keys.visibility(window).block(0, T, 0, S, q.device)
         assert seen is not None
         y_BTNH = prefix_attention(
             q, keys.k_BSKH.to(q.dtype), keys.v_BSKH.to(q.dtype), prefix, scale=self.scale, seen_BTS=seen,
