@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.timing import Timed
 from graft.config.experiment import Experiment
 from graft.config.load import load_experiment
 from graft.data.batch import Batch
@@ -105,15 +107,14 @@ def flops_per_step(run: Run) -> float:
     return run.experiment.tokens_per_step * flops_per_token(run.model, run.experiment.data.seq_len)
 
 
-def peak_rate(size: int = 2048) -> Callable[[], float]:
-    """The best rate of bf16 products so far, FLOP/s: each call adds a few."""
+def peak_rate(size: int = 2048, *, products: int = 10) -> Callable[[], float]:
+    """The best rate of a few bf16 products, FLOP/s."""
     a_SS = torch.randn(size, size).bfloat16()
-    best = 0.0
+    return lambda: max(2 * size**3 / product_seconds(a_SS, a_SS) for _ in range(products))
 
-    def measure() -> float:
-        nonlocal best
-        for _ in range(10):
-            best = max(best, 2 * size**3 / product_seconds(a_SS, a_SS))
-        return best
 
-    return measure
+def share_of_rate(step: Timed, flops: float, rate: Timed) -> float:
+    """The percentage of the matrix-product rate that a step of ``flops`` reaches: median over rounds, each against the
+    rate measured in the same round, because the machine's speed changes from minute to minute."""
+    pairs = zip(step.seconds, rate.results, strict=True)
+    return statistics.median(100 * flops / seconds / best for seconds, best in pairs)

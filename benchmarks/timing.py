@@ -25,11 +25,12 @@ HEADING = "# Results\n\nRatios of interleaved runs in one process; medians.\n"
 @dataclass
 class Timed:
     """Seconds of every round of one variant: by the clock, and of processor time (all threads, and child processes),
-    which other processes on the machine hardly change."""
+    which other processes on the machine hardly change; and what it returned."""
 
     name: str
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
+    results: list[Any] = field(default_factory=list)
 
     @property
     def median(self) -> float:
@@ -96,13 +97,14 @@ def interleaved(variants: Mapping[str, Callable[[], object]], *, rounds: int, wa
         for name, call in variants.items():
             gc.collect()
             start, cpu_start = time.perf_counter(), processor_seconds()
-            call()
+            result = call()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn >= warmup:
                 timed[name].seconds.append(time.perf_counter() - start)
                 own = call.cpu_seconds if isinstance(call, Elsewhere) else processor_seconds() - cpu_start
                 timed[name].cpu_seconds.append(own)
+                timed[name].results.append(result)
     return timed
 
 
