@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import graft.shapes
+from graft.config import registry
 from graft.faults import reset_faults
 
 torch.set_num_threads(1)  # tests run side by side, and tiny tensors gain nothing from more
@@ -59,6 +60,17 @@ def compiling() -> Iterator[None]:
         yield
     torch.compiler.reset()
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def registry_restored() -> Iterator[None]:
+    """Forgets the variants a test registers."""
+    registry.discover()  # or the built-in variants would be forgotten with them
+    before = {family: dict(members) for family, members in registry._variants.items()}
+    yield
+    for family, members in before.items():
+        registry._variants[family].clear()
+        registry._variants[family].update(members)
 
 
 @pytest.fixture

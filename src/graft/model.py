@@ -17,6 +17,7 @@ from graft.initialization import initialize
 from graft.linears.dense_config import DenseConfig
 from graft.linears.packed_ternary import PackedTernary
 from graft.network.block import Block, BlockOutput
+from graft.network.complete import check_modules
 from graft.network.ends import Head, TokenEmbedding, padded_rows
 from graft.network.execution import Execution, allow_kinds_of_layers, compiled
 from graft.network.kernels import give_kernels
@@ -73,6 +74,7 @@ class Model(nn.Module):
         self.final_norm = config.norm.build(config.hidden_size) if config.final_norm else None
         self.head = Head(config, vocab_size, num_rows)
         self.shared = shared
+        check_modules(self)
         check_linears(self, config.linears)
         self._counts_updates = any(isinstance(m, CountsUpdates) for m in self.modules())
         self._table_positions = {m.table_key: m for m in self.modules() if isinstance(m, TablePosition)}

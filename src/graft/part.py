@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from graft.config.families import LinearConfig, NormConfig, PartConfig
-from graft.config.fields import tag_of
 from graft.config.model import InitConfig
 from graft.config.registry import variants
 from graft.config.roles import DENSE_ROLES, Role
@@ -135,7 +134,7 @@ class Site:
         if config.operands is None:
             kinds = [tag for tag, kind in variants("linear").items() if getattr(kind, "operands", None)]
             raise ConfigError(
-                f"matrices of the role '{role}' come many at once and cannot be of the kind '{tag_of(type(config))}'",
+                f"matrices of the role '{role}' come many at once and cannot be of the kind '{config.tag}'",
                 where=f"model.linears.{role}",
                 expected=f"one of the kinds {', '.join(kinds)}",
                 fix=f"set model.linears: {{{role}: {{type: dense}}}}, or another of them",
@@ -286,18 +285,22 @@ def linear_flops(module: nn.Module) -> int:
     return sum(2 * m.in_features * m.out_features for m in module.modules() if isinstance(m, kinds))
 
 
-def parameter_roles(model: nn.Module) -> dict[str, Role]:
-    """Full parameter name -> role, for every parameter.
+def own_roles(module: nn.Module) -> Iterator[tuple[str, Role | None]]:
+    """Each parameter a module owns directly, and its role: None = the module does not say.
 
     A module says the roles of the parameters it owns directly: ``role`` (a Role) for matrices, ``param_roles``
     (name -> Role) for exceptions. A direct parameter called ``bias`` has the role "bias" unless listed.
-    Asserts that every parameter has one.
     """
+    exceptions: Mapping[str, Role] = getattr(module, "param_roles", {})
+    for name, _ in module.named_parameters(recurse=False):
+        yield name, exceptions.get(name) or ("bias" if name == "bias" else getattr(module, "role", None))
+
+
+def parameter_roles(model: nn.Module) -> dict[str, Role]:
+    """Full parameter name -> role (`own_roles`), for every parameter. Asserts that each has one."""
     roles: dict[str, Role] = {}
     for prefix, module in cast(Iterator[tuple[str, nn.Module]], model.named_modules()):
-        exceptions: Mapping[str, Role] = getattr(module, "param_roles", {})
-        for name, _ in module.named_parameters(recurse=False):
-            role = exceptions.get(name) or ("bias" if name == "bias" else getattr(module, "role", None))
+        for name, role in own_roles(module):
             full = f"{prefix}.{name}" if prefix else name
             assert role is not None, f"parameter {full} of {type(module).__name__} has no role"
             roles[full] = role

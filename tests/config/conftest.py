@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from graft.config import registry
 from graft.config.load import load_experiment
 from graft.config.report import ConfigProblems
 
@@ -87,14 +86,3 @@ def problems() -> Callable[..., list[str]]:
         return [str(problem) for problem in caught.value.problems]
 
     return lines
-
-
-@pytest.fixture
-def registry_restored() -> Iterator[None]:
-    """Forgets the variants a test registers."""
-    registry.discover()  # or the built-in variants would be forgotten with them
-    before = {family: dict(members) for family, members in registry._variants.items()}
-    yield
-    for family, members in before.items():
-        registry._variants[family].clear()
-        registry._variants[family].update(members)

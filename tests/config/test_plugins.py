@@ -104,13 +104,39 @@ def test_mistakes_in_a_plugins_part_are_reported_like_any(write: Write, problems
 
 @pytest.mark.usefixtures("_own_parts")
 def test_a_plugin_that_fails_is_one_problem_beside_the_others(write: Write, problems: Any) -> None:
-    write("own_parts.py", "raise RuntimeError('not today')")
+    where = write("own_parts.py", "\nraise RuntimeError('not today')")
     found = problems(write("config.yaml", CONFIG.replace("seq_len: 8", "seq_len: 1")))
     assert found[0] == (
         "config.yaml:1:11  plugins.0: the plug-in 'own_parts' cannot be imported: RuntimeError: not today; "
-        "check the module's name and that it is on PYTHONPATH"
+        f"see {Path(where).absolute()}:2"
     )
     assert any("data.seq_len: must be at least 2, not 1" in line for line in found)
+
+
+@pytest.mark.usefixtures("_own_parts")
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x = 1\nx x", "own_parts.py:2"),
+        ("import not_there", "own_parts.py:1"),
+        (PLUGIN.replace('    implementation = "own_parts:Scale"\n', ""), 'set implementation = "module:Class"'),
+    ],
+    ids=["no Python", "imports what is not there", "builds nothing"],
+)
+def test_what_is_wrong_with_a_plugin_is_said_with_its_place(write: Write, problems: Any, text: str, said: str) -> None:
+    write("own_parts.py", text)
+    found = problems(write("config.yaml", CONFIG))
+    assert found[0].endswith(said)
+    assert "PYTHONPATH" not in found[0]
+
+
+@pytest.mark.usefixtures("_own_parts")
+@pytest.mark.parametrize("named", ["own_parts:Scales", "own_part:Scale", "Scale"])
+def test_an_implementation_that_is_not_there_is_no_bug_of_ours(write: Write, named: str) -> None:
+    write("own_parts.py", PLUGIN.replace("own_parts:Scale", named))
+    norm = load_experiment(write("config.yaml", CONFIG)).model.norm
+    with pytest.raises(ConfigError, match=f"the implementation '{named}' cannot be imported"):
+        norm.build(5)
 
 
 def test_the_restored_registry_knows_no_plugin(small: dict[str, Any]) -> None:

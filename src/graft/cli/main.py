@@ -132,6 +132,18 @@ def _keep_traceback(error: BaseException) -> str:
     return f"the traceback is in {file.name}"
 
 
+def _in_plugin(error: BaseException) -> str | None:
+    """Where a variant of a person's own was running when an unexpected error came: file and line, or None."""
+    import traceback
+
+    from graft.config.registry import plugin_modules
+
+    own = plugin_modules()
+    running = traceback.walk_tb(error.__traceback__)
+    places = [f"{f.f_code.co_filename}:{line}" for f, line in running if f.f_globals.get("__name__") in own]
+    return f"in {places[-1]}, a plug-in" if places else None
+
+
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line (default: the process's own) and returns its exit code. Prints errors; raises none.
 
@@ -162,7 +174,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        return _fail(f"{type(error).__name__}: {error} (a bug in graft; {_keep_traceback(error)})", ExitCode.INTERNAL)
+        where = _in_plugin(error) or "a bug in graft"
+        return _fail(f"{type(error).__name__}: {error} ({where}; {_keep_traceback(error)})", ExitCode.INTERNAL)
 
 
 def main() -> NoReturn:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, cast
@@ -18,7 +17,7 @@ from graft.config.explain import Issue, explain
 from graft.config.fields import config_class
 from graft.config.includes import find_config, read_with_bases
 from graft.config.overrides import apply_overrides
-from graft.config.registry import load_plugins
+from graft.config.registry import load_plugins, make_importable
 from graft.config.report import ConfigProblems
 from graft.config.tree import Located, Node, Path, Place, entry, from_plain
 from graft.errors import ConfigError
@@ -81,7 +80,7 @@ def _load_plugins(root: Node, folders: Sequence[FilePath]) -> list[Located]:
         return []  # validation says what is wrong with it
     problems: list[Located] = []
     if node.value:
-        sys.path += [str(folder) for folder in folders if str(folder) not in sys.path]
+        make_importable(*folders)
     for i, item in enumerate(node.value):
         if isinstance(item.value, str):
             try:

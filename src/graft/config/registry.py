@@ -10,7 +10,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+import sys
+import traceback
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pydantic_core import SchemaValidator, core_schema
@@ -48,7 +51,11 @@ _variants: dict[str, dict[str, type[Config]]] = {family: {} for family in PACKAG
 
 
 def register(family: str, tag: str, cls: type[Config]) -> None:
-    """Adds a variant. Raises ConfigError when the tag is taken by another class of the same family (or union)."""
+    """Adds a variant.
+
+    Raises:
+        ConfigError: the tag is taken by another class of the same family (or union), or the class builds nothing.
+    """
     taken = {**_variants[family]}
     for members in UNIONS.values():
         if family in members:
@@ -60,6 +67,12 @@ def register(family: str, tag: str, cls: type[Config]) -> None:
             f"the type '{tag}' of family '{family}' is defined twice",
             where=f"{cls.__module__}.{cls.__qualname__}",
             expected=f"a tag other than that of {known.__module__}.{known.__qualname__}",
+        )
+    if not getattr(cls, "implementation", None):
+        raise ConfigError(
+            f"the type '{tag}' of family '{family}' does not say what it builds",
+            where=f"{cls.__module__}.{cls.__qualname__}",
+            fix='set implementation = "module:Class"',
         )
     _variants[family][tag] = cls
 
@@ -103,20 +116,48 @@ def family_of(cls: type[Config]) -> str:
 def load_plugins(names: tuple[str, ...]) -> None:
     """Imports the modules a config names in ``plugins:`` so that their variants register.
 
+    The working directory becomes importable (it comes last, so it shadows nothing).
+
     Raises:
         ConfigError: a module cannot be imported, or fails while it is.
     """
     if names:
         discover()  # so that a tag of a built-in variant is refused
+        make_importable(Path.cwd())
     for name in names:
         try:
             importlib.import_module(name)
+        except ConfigError as error:  # of a variant it registers
+            raise ConfigError(f"the plug-in '{name}' cannot be used: {error}", where="plugins") from error
         except Exception as error:
+            missing = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
             raise ConfigError(
                 f"the plug-in '{name}' cannot be imported: {type(error).__name__}: {error}",
                 where="plugins",
-                fix="check the module's name and that it is on PYTHONPATH",
+                fix="check the module's name and that it is on PYTHONPATH" if missing else f"see {_last_line(error)}",
             ) from error
+
+
+def _last_line(error: BaseException) -> str:
+    """File and line an error came from."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{last.filename}:{last.lineno}"
+
+
+def make_importable(*folders: Path) -> None:
+    """Adds folders to the end of the module path."""
+    sys.path += [str(folder) for folder in folders if str(folder) not in sys.path]
+
+
+def plugin_modules() -> set[str]:
+    """The modules of plugged-in variants, of their configs and of what these build."""
+    classes = [cls for members in _variants.values() for cls in members.values()]
+    named = {cls.__module__ for cls in classes} | {
+        getattr(cls, "implementation", "").partition(":")[0] for cls in classes
+    }
+    return {name for name in named if name.partition(".")[0] != "graft"}
 
 
 class Family:
@@ -152,6 +193,17 @@ def _decoder(cls: type[Config]) -> core_schema.CoreSchema:
 
 
 def resolve(path: str) -> Any:
-    """The object named ``package.module:attribute``."""
+    """The object named ``package.module:attribute``.
+
+    Raises:
+        ConfigError: a plug-in names one that there is not.
+    """
     module, _, attribute = path.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, ValueError, AttributeError) as error:
+        if module in plugin_modules():
+            raise ConfigError(
+                f"the implementation '{path}' cannot be imported: {error}", expected='"module:Class"'
+            ) from error
+        raise

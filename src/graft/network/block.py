@@ -13,6 +13,7 @@ from graft.config.families import PartConfig
 from graft.config.model import ModelConfig
 from graft.config.roles import Role
 from graft.initialization import Rng
+from graft.network.complete import check_output, check_part
 from graft.part import Context, PartOutput, Site, State, add_sums
 from graft.shapes import Float
 
@@ -59,6 +60,7 @@ class Branch(nn.Module):
         norms_first = placement in ("pre", "sandwich") and not config.norms_inside
         self.norm = norm.build(width) if norms_first else None
         self.part = config.build(site)
+        check_part(self.part, config)
         self.output_norm = norm.build(width) if placement in ("sandwich", "output") else None
         self.dropout = nn.Dropout(config.residual_dropout)
         self.layer_scale = None if config.layer_scale is None else LayerScale(config.layer_scale, width)
@@ -67,6 +69,7 @@ class Branch(nn.Module):
     def forward(self, x_BTD: Float[Tensor, "B T D"], ctx: Context, state: State = None) -> PartOutput:
         """The new residual stream as ``y`` of the part's output."""
         out: PartOutput = self.part(x_BTD if self.norm is None else self.norm(x_BTD), ctx, state)
+        check_output(out, self.part)
         y_BTD = out.y if self.output_norm is None else self.output_norm(out.y)
         y_BTD = self.dropout(y_BTD)
         if self.layer_scale is not None:
