@@ -129,6 +129,26 @@ def test_the_gradient_is_scaled_by_what_comes_from_above() -> None:
     torch.testing.assert_close(gradients(again._replace(loss=again.loss / 7), x, weight), tuple(g / 7 for g in plain))
 
 
+def test_a_graph_that_is_kept_gives_the_same_gradients_again() -> None:
+    x, weight, _, targets = inputs()
+    loss = linear_cross_entropy(x, weight, targets).loss / 7
+    first = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    copies = tuple(g.clone() for g in first)
+    torch.testing.assert_close(torch.autograd.grad(loss, (x, weight), retain_graph=True), copies, rtol=0, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(loss, (x, weight)), copies, rtol=0, atol=0)
+    torch.testing.assert_close(first, copies, rtol=0, atol=0)
+
+
+def test_the_backward_pass_makes_no_tensor_as_large_as_the_table() -> None:
+    x, weight, _, targets = inputs(8, 6, 5000, 5000, dtype=torch.float32)
+    loss = linear_cross_entropy(x, weight, targets).loss / 7
+    with Allocations() as allocations:
+        loss.backward()
+    assert weight.grad is not None
+    assert weight.grad.any()
+    assert allocations.largest < weight.numel() * 4
+
+
 def test_only_the_weighted_sum_is_differentiable() -> None:
     x, weight, _, targets = inputs()
     for kernels in ("auto", "reference"):

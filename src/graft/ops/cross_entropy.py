@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _autograd
 
 from graft.ops.activations import soft_cap
 from graft.ops.autocast import matmul_dtype
@@ -141,9 +142,15 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        scale = grad_outputs[0]
-        scaled = (None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors)
+        scale, multiply = grad_outputs[0], torch.mul if _graph_is_kept() else Tensor.mul_
+        scaled = (None if grad is None else multiply(grad, scale.to(grad.dtype)) for grad in ctx.saved_tensors)
         return (*scaled, None, None)
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward pass now running may be followed by another through the same graph (``retain_graph``)."""
+    ask: Callable[[], bool] | None = getattr(_autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
 
 
 _Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
