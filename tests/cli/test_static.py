@@ -169,14 +169,34 @@ def test_errors_as_json(config: str, capsys: pytest.CaptureFixture[str]) -> None
 def test_what_only_building_the_model_shows_is_an_error_as_json_too(
     config: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mixing = ["model.blocks.b.0.value_residual=true", "model.overrides={1: {attention.num_heads: 1}}"]
-    code, out, err = run(capsys, "check", config, "--json", *mixing)
+    kernel = "runtime.kernels=fla"
+    code, out, err = run(capsys, "check", config, "--json", kernel)
     (error,) = json.loads(out)["errors"]
     assert (code, err) == (2, "")
-    assert (error["path"], error["line"]) == ("value_residual", None)
-    assert error["problem"].startswith("a layer with value heads")
-    assert error["fix"].startswith("give all layers with a value residual the same")
-    assert run(capsys, "check", config, *mixing)[0] == 2
+    assert (error["path"], error["line"]) == ("runtime.kernels", None)
+    assert error["problem"].startswith("the kernel 'fla' computes")
+    assert error["fix"] == "set runtime.kernels: auto"
+    assert run(capsys, "check", config, kernel)[0] == 2
+
+
+@pytest.mark.usefixtures("config")
+def test_layers_that_cannot_mix_values_are_found_without_building_them(tmp_path: Path) -> None:
+    one = "- {type: attention, num_heads: 2, position: {type: rope}}"
+    passing = one.replace("}}", "}, value_residual: true}")
+    both = f"{passing}\n    c:\n      {passing.replace('2', '1')}"
+    (tmp_path / "mixed.yaml").write_text(CONFIG.replace(one, both).replace("  blocks:", "  layout: [b, c]\n  blocks:"))
+    done = process("check", "mixed.yaml", "--static")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "HEAVY []" in done.stderr
+    assert done.stderr.startswith("error: mixed.yaml:11:9  model.blocks.c.0: layer 1: value_residual of heads")
+
+
+@pytest.mark.usefixtures("config")
+def test_static_does_not_go_with_contracts() -> None:
+    done = process("check", "small.yaml", "--static", "--contracts")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "HEAVY []" in done.stderr
+    assert "--static and --contracts exclude each other; give one" in done.stderr
 
 
 def test_schema_is_printed_or_written(config: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -116,3 +116,58 @@ def test_a_changed_part_must_read_both_ways_in_an_encoder(
 def test_all_reasons_are_reported(small: dict[str, Any]) -> None:
     overrides = {"0": {"mlp.bais": True, "mlp.dropout": 2.0}, "7": {"mlp.bias": True}}
     assert len(reasons(small, overrides=overrides)) == 3
+
+
+def passing(other: dict[str, Any]) -> dict[str, Any]:
+    """Blocks of two kinds that pass values on, the second ``other``."""
+    rope = {"type": "rope"}
+    first = {"type": "attention", "num_heads": 2, "position": rope, "value_residual": True}
+    return {"blocks": {"a": [first], "b": [{"num_heads": 2, "position": rope, **other}]}, "layout": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param({"type": "sigmoid_attention", "value_residual": True}, id="the same heads"),
+        pytest.param({"type": "attention", "num_heads": 1, "head_dim": 4}, id="no values taken"),
+        pytest.param({"type": "attention", "num_heads": 1, "value_residual": True, "layers": "none"}, id="in no layer"),
+        pytest.param(
+            {"type": "attention", "num_heads": 8, "num_kv_heads": 2, "head_dim": 8, "value_residual": True},
+            id="as many key heads of the same size",
+        ),
+    ],
+)
+def test_values_may_be_passed_on(small: dict[str, Any], other: dict[str, Any]) -> None:
+    model(small, **passing(other))
+
+
+@pytest.mark.parametrize(
+    ("other", "shape"),
+    [
+        pytest.param({"type": "sigmoid_attention", "num_heads": 4, "value_residual": True}, "(4, 4)", id="number"),
+        pytest.param({"type": "differential", "head_dim": 4, "value_residual": True}, "(2, 4)", id="size"),
+        pytest.param({"type": "attention", "num_kv_heads": 1, "value_residual": True}, "(1, 8)", id="key heads"),
+        pytest.param(
+            {
+                "type": "ode",
+                "mixer": {"type": "attention", "num_heads": 1, "position": {"type": "none"}, "value_residual": True},
+            },
+            "(1, 16)",
+            id="inside an ode",
+        ),
+    ],
+)
+def test_values_of_other_heads_cannot_be_mixed_in(small: dict[str, Any], other: dict[str, Any], shape: str) -> None:
+    changes = passing(other)
+    if other["type"] == "ode":
+        changes["blocks"]["b"] = [other]
+    assert reasons(small, **changes) == [
+        f"model.blocks.b.0: layer 1: value_residual of heads (number, size) = {shape} cannot mix in that of layer 0, "
+        "(2, 8); give all layers with value_residual the same num_kv_heads and head_dim"
+    ]
+
+
+def test_values_of_an_overridden_layer_are_looked_at_too(small: dict[str, Any]) -> None:
+    same = passing({"type": "attention", "value_residual": True})
+    (reason,) = reasons(small, **same, overrides={"-1": {"attention.num_kv_heads": 1}})
+    assert reason.startswith("model.overrides: layer 3: value_residual of heads (number, size) = (1, 8)")

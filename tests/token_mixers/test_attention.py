@@ -240,11 +240,6 @@ class TestValueResidual:
         assert {roles[f"value_residual.{n}"] for n in ("own", "first")} == {"scalar"}
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in part.value_residual.parameters())
 
-    def test_heads_that_do_not_fit_are_an_error(self):
-        part = attention_part(value_residual=True)
-        with pytest.raises(ConfigError, match="cannot mix in values"):
-            part(torch.randn(1, 4, 24), context(1, 4, published={VALUE_RESIDUAL: torch.randn(1, 4, 1, 12)}))
-
 
 def test_dropout_acts_in_training_only():
     part, plain = attention_part(dropout=0.5), attention_part()

@@ -28,6 +28,9 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Validate a config, and price it: parameters, FLOPs, memory, decode state."""
+    if static and contracts:
+        fix = "give one; --contracts builds the model and runs it, and --static only reads the config"
+        raise ConfigError("--static and --contracts exclude each other", where="graft check", fix=fix)
     from graft.config.load import load_experiment
 
     try:

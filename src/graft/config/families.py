@@ -135,6 +135,12 @@ class PartConfig(VariantConfig):
         """What the model owns once for all parts that name it alike: name -> all that defines it. Default: nothing."""
         return {}
 
+    def passes_on(self, hidden_size: int) -> Mapping[str, tuple[int, ...]]:
+        """What it hands to later layers and mixes in from earlier ones: name -> shape of a position's share of it, in a
+        stream of this width (D). All layers must agree on it. Default: nothing.
+        """
+        return {}
+
     def advice_in(self, hidden_size: int) -> Iterator[Problem]:
         """What is valid in a stream of this width (D) but probably not meant (`graft.config.advice`); default: nothing.
 

@@ -171,6 +171,7 @@ def override_problems(model: ModelConfig) -> Iterator[Problem]:
     yield from _idle_overrides(model, built)
     yield from _placement_problems(model, built)
     yield from _joint_problems(model, built)
+    yield from _passing_problems(model, built)
 
 
 def _idle_overrides(model: ModelConfig, built: list[LayerParts]) -> Iterator[Problem]:
@@ -220,6 +221,27 @@ def _joint_problems(model: ModelConfig, built: list[LayerParts]) -> Iterator[Pro
             for name, definition in part.shares().items():
                 if shared.setdefault(name, definition) != definition:
                     yield Problem(place, f"two parts share '{name}' and define it differently", "name them apart")
+
+
+def _passing_problems(model: ModelConfig, built: list[LayerParts]) -> Iterator[Problem]:
+    """Layers that mix in what the first of their kind passes on, and have it in another shape."""
+    own, blocks = own_layers(model), model.layer_blocks()
+    first: dict[str, tuple[int, tuple[int, ...]]] = {}
+    told: set[int] = set()
+    for layer, (block, parts) in enumerate(zip(blocks, built, strict=True)):
+        for i, part in enumerate(parts):
+            if id(part) in told or layer not in chosen_layers(part.layers, own[block], model.num_layers):
+                continue
+            for name, shape in part.passes_on(model.hidden_size).items():
+                source, wanted = first.setdefault(name, (layer, shape))
+                if shape != wanted:
+                    told.add(id(part))
+                    yield Problem(
+                        _place(model, block, i, part),
+                        f"layer {layer}: {name} of heads (number, size) = {shape} cannot mix in that of "
+                        f"layer {source}, {wanted}",
+                        f"give all layers with {name} the same num_kv_heads and head_dim",
+                    )
 
 
 def _place(model: ModelConfig, block: str, i: int, part: PartConfig) -> tuple[str | int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from graft.config.base import Problem, knob
 from graft.config.families import Norm, Position, TokenMixerConfig
@@ -38,6 +38,12 @@ class HeadsConfig(TokenMixerConfig):
                 "choose a divisor of num_heads",
             )
         yield from embedding_position_problems(self.position)
+
+    def passes_on(self, hidden_size: int) -> Mapping[str, tuple[int, ...]]:
+        """Values, as many as key heads."""
+        if not self.value_residual:
+            return {}
+        return {"value_residual": (self.num_kv_heads or self.num_heads, self.head_dim or hidden_size // self.num_heads)}
 
     def problems_in(self, hidden_size: int) -> Iterator[Problem]:
         yield from head_problems(hidden_size, self.num_heads, self.head_dim, self.position)

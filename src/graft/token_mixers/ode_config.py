@@ -83,5 +83,8 @@ class OdeConfig(TokenMixerConfig):
     def leaks_future(self, bidirectional: bool) -> bool:
         return any(part.leaks_future(bidirectional) for part in self.parts)
 
+    def passes_on(self, hidden_size: int) -> Mapping[str, tuple[int, ...]]:
+        return {name: shape for part in self.parts for name, shape in part.passes_on(hidden_size).items()}
+
     def shares(self) -> Mapping[str, tuple[Any, ...]]:
         return {name: definition for part in self.parts for name, definition in part.shares().items()}

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.roles import Role
-from graft.errors import ConfigError
 from graft.initialization import Rng
 from graft.shapes import Float
 
@@ -34,14 +33,8 @@ class ValueResidual(nn.Module):
         nn.init.constant_(self.first, 0.5)
 
     def forward(
-        self, v_BTKH: Float[Tensor, "B T K H"], first_BTKH: Float[Tensor, "B T _K _H"]
+        self, v_BTKH: Float[Tensor, "B T K H"], first_BTKH: Float[Tensor, "B T K H"]
     ) -> Float[Tensor, "B T K H"]:
-        """The mixed values [B, T, K, H]. Raises ConfigError when the two layers' heads differ in number or size."""
-        if v_BTKH.shape != first_BTKH.shape:
-            here, there = tuple(v_BTKH.shape[2:]), tuple(first_BTKH.shape[2:])
-            raise ConfigError(
-                f"a layer with value heads (number, size) = {here} cannot mix in values of {there}",
-                where="value_residual",
-                fix="give all layers with a value residual the same num_kv_heads and head_dim",
-            )
+        """The mixed values [B, T, K, H]."""
+        assert v_BTKH.shape == first_BTKH.shape, "a model config sees to it that the heads agree"
         return self.own * v_BTKH + self.first * first_BTKH

@@ -30,10 +30,10 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
-def describe(line: Mapping[str, Any]) -> str:
+def describe(line: Mapping[str, Any], marks: Mapping[str, bool]) -> str:
     """One metric line in words: loss, rate, speed, share of peak, time left, memory. Absent numbers are left out.
 
-    What the line says is true of its numbers (`graft.config.advice.marks`) comes last.
+    What is true of the numbers (`graft.config.advice.marks`) comes last.
     """
     time = line.get("time", {})
     numbers = (
@@ -51,7 +51,7 @@ def describe(line: Mapping[str, Any]) -> str:
         words.append(f"{time['memory_bytes'] / 2**30:.2f} GiB")
     if time.get("seconds_left") is not None:
         words.append(f"{duration(time['seconds_left'])} left")
-    return marked("  ".join(words), {name: True for name, value in line.items() if value is True})
+    return marked("  ".join(words), marks)
 
 
 class Console:
@@ -90,9 +90,9 @@ class Console:
             name, self._log_file = self._log_file, None
             self.warn(f"{name} cannot be written and is given up: {error.strerror or error}")
 
-    def show(self, step: int, total: int, line: Mapping[str, Any]) -> None:
-        """Shows a metric line: in the progress bar on a terminal, as a line of its own otherwise."""
-        text = describe(line)
+    def show(self, step: int, total: int, line: Mapping[str, Any], marks: Mapping[str, bool]) -> None:
+        """Shows a metric line and its marks: in the progress bar on a terminal, as a line of its own otherwise."""
+        text = describe(line, marks)
         if self._progress is None or self._task is None:
             self.say(f"step {step}/{total}  {text}")
             return

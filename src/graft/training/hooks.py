@@ -64,7 +64,7 @@ class LogHook:
         if run.precision.loss_scale is not None:
             values |= {"loss_scale": run.precision.loss_scale, "scaler_skips": run.guard.scaler_skips}
         line = self._recorder.line("train", run.step, values, self._time(run))
-        self._recorder.console.show(run.step, run.max_steps, line)
+        self._recorder.console.show(run.step, run.max_steps, line, self._recorder.marks)
         run.window = Totals()
 
     def _time(self, run: Run) -> dict[str, float | None]:

@@ -53,7 +53,7 @@ class Recorder(Notices):
     def line(
         self, kind: str, step: int, values: Mapping[str, Any], time: Mapping[str, Any], *, of: str | None = None
     ) -> dict[str, Any]:
-        """Writes a metric line and returns its numbers, marked. Trackers get numbers under marked names.
+        """Writes a metric line and returns its numbers. Trackers get numbers under marked names.
 
         Args:
             kind: ``train``, ``eval`` or ``usage``.
@@ -67,4 +67,4 @@ class Recorder(Notices):
         numbers = {**values, **{f"time/{name}": value for name, value in time.items()}}
         prefix = "/".join((*self.marks, *named.values()))
         self.trackers.log(step, {f"{prefix}/{k}": float(v) for k, v in numbers.items() if isinstance(v, int | float)})
-        return {**values, **self.marks, "time": time}
+        return {**values, "time": time}
