@@ -19,7 +19,7 @@ from graft.data.tokenizers.base import Tokenizer
 from graft.errors import ConfigError
 from graft.linears.dense_config import DenseConfig
 from graft.linears.packed_ternary import PackedTernary
-from graft.ops.kernels import Kernel
+from graft.ops.kernels import Kernel, Kernels
 
 State = Any
 """What a part hands to its own next call: a pytree of tensors (and ints). Opaque to everyone else."""
@@ -204,7 +204,7 @@ class Part(nn.Module):
     """
 
     config: PartConfig
-    kernels: Literal["auto", "reference"] = "auto"
+    kernels: Kernels = "auto"
     kernel: Kernel | None = None
     checkpointing: Literal["none", "block"] = "none"
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from graft.ops import attention_banded, decayed_products
-from graft.ops.attention import SDPA_FROM, Kernels, attention, choose_form
+from graft.ops.attention import SDPA_FROM, attention, choose_form
 from graft.ops.attention_mask import Scoring, Visibility
+from graft.ops.kernels import Kernels
 
 RATES = torch.tensor([40.0, 2.0, 0.7, 0.1, 0.01, 0.0])
 

@@ -8,8 +8,9 @@ import torch
 from graft.config.model import ModelConfig
 from graft.errors import ConfigError
 from graft.model import build_model
-from graft.ops.attention import Kernels, attention
+from graft.ops.attention import attention
 from graft.ops.attention_mask import Scoring, Visibility
+from graft.ops.kernels import Kernels
 from graft.positions.rope_config import RopeConfig
 from graft.positions.xpos import Xpos
 from graft.positions.xpos_config import XposConfig

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from graft.initialization import Rng, normal_
 from graft.linears.bitlinear import TernaryOperands
 from graft.ops.activations import ACTIVATIONS
 from graft.ops.grouped_linear import grouped_linear
+from graft.ops.kernels import Kernels
 from graft.ops.routing import Slots, collect, sort_slots, spread
 from graft.part import Site
 from graft.shapes import Float, Int
@@ -52,9 +52,7 @@ class ExpertLinear(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(
-        self, x_MD: Float[Tensor, "M in"], slots: Slots, kernels: Literal["auto", "reference"]
-    ) -> Float[Tensor, "M out"]:
+    def forward(self, x_MD: Float[Tensor, "M in"], slots: Slots, kernels: Kernels) -> Float[Tensor, "M out"]:
         x_MD, weight = self.operands(x_MD, self.weight)
         y_MD = grouped_linear(x_MD, weight, slots.ends_E, kernels=kernels)
         if self.bias is None:
@@ -108,7 +106,7 @@ class Experts(nn.Module):
         x_BTD: Float[Tensor, "B T D"],
         experts: Int[Tensor, "B T choices"],
         weights: Float[Tensor, "B T choices"],
-        kernels: Literal["auto", "reference"],
+        kernels: Kernels,
     ) -> Float[Tensor, "B T D"]:
         """What the chosen experts say.
 

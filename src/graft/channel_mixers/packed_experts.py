@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
+from graft.ops.kernels import Kernels
 from graft.ops.packed_experts import packed_grouped_linear
 from graft.ops.routing import Slots
 from graft.ops.ternary import PER_BYTE, pack_codes, ternary
@@ -45,9 +44,7 @@ class PackedExpertLinear(nn.Module):
         self.packed = pack_codes(codes)
         self.bias = None if bias is None else bias.detach()
 
-    def forward(
-        self, x_MD: Float[Tensor, "M in"], slots: Slots, kernels: Literal["auto", "reference"]
-    ) -> Float[Tensor, "M out"]:
+    def forward(self, x_MD: Float[Tensor, "M in"], slots: Slots, kernels: Kernels) -> Float[Tensor, "M out"]:
         x_MD = x_MD if self.norm is None else self.norm(x_MD)
         y_MD = packed_grouped_linear(x_MD, self.packed, self.scale, slots.expert_M, slots.ends_E, kernels=kernels)
         return y_MD if self.bias is None else y_MD + self.bias.index_select(0, slots.expert_M).to(y_MD.dtype)

@@ -18,6 +18,7 @@ from graft.ops.activations import ACTIVATIONS
 from graft.ops.autocast import full_precision
 from graft.ops.expert_rows import expert_rows
 from graft.ops.product_keys import product_topk
+from graft.ops.routing import count
 from graft.part import Context, Part, PartOutput, Site, State, linear_flops
 from graft.shapes import Float
 
@@ -103,7 +104,7 @@ class Peer(Part):
         gates = F.dropout(scores.softmax(-1), self._config.dropout, self.training)
         ids_RK, gates_RK = (chosen.unflatten(0, (-1, self._config.num_heads)).flatten(1) for chosen in (ids, gates))
         if self.training and self._config.track_usage:
-            usage["experts"] = _counts(ids_RK, real_R, self._config.grid_size)
+            usage["experts"] = count(ids_RK, self._config.grid_size, real_R)
         if real_R is not None:
             ids_RK, gates_RK = _without_padding(ids_RK, gates_RK, real_R)
         dtype = self.expert_down.dtype
@@ -151,13 +152,6 @@ class Peer(Part):
         tables = self.expert_down.numel() + self.expert_up.numel()
         read = min(self._config.num_heads * self._config.num_experts_per_tok, self._config.grid_size)
         return sum(p.numel() for p in self.parameters()) - tables + tables // self._config.grid_size * read
-
-
-def _counts(ids_RK: Tensor, real_R: Tensor | None, num_experts: int) -> Tensor:
-    """int64 [E]: how often unpadded positions chose each expert."""
-    once_R1 = torch.ones_like(ids_RK[:, :1]) if real_R is None else real_R[:, None].to(torch.int64)
-    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=ids_RK.device)
-    return counts_E.scatter_add_(0, ids_RK.flatten(), once_R1.expand_as(ids_RK).flatten())
 
 
 def _without_padding(ids_RK: Tensor, gates_RK: Tensor, real_R: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
+from graft.ops.kernels import Kernels
 from graft.ops.ternary import PER_BYTE, pack_codes, packed_linear, packed_linear_reference, ternary
 
 
@@ -35,7 +34,7 @@ class PackedTernary(nn.Module):
         *,
         norm: nn.Module | None,
         bias: bool,
-        kernels: Literal["auto", "reference"] = "auto",
+        kernels: Kernels = "auto",
     ):
         super().__init__()
         self.in_features, self.out_features, self.kernels = in_features, out_features, kernels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from graft.initialization import Rng, normal_
 from graft.memories.memory_bank_config import MemoryBankConfig
 from graft.memories.pooling import POOLINGS, PoolState
 from graft.ops.autocast import full_precision
+from graft.ops.kernels import Kernels
 from graft.ops.router_losses import balance_sum, variance_sum, z_sum
 from graft.ops.routing import choose
 from graft.part import Site
@@ -73,7 +74,7 @@ class ChapterRouter(nn.Module):
         segment_ids_BT: Int[Tensor, "B T"] | None,
         state: PoolState | None,
         *,
-        kernels: Literal["auto", "reference"] = "auto",
+        kernels: Kernels = "auto",
     ) -> tuple[Choice, PoolState | None]:
         """The choice for every position, and the state after the last."""
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
@@ -91,7 +92,7 @@ class ChapterRouter(nn.Module):
         scores_BTE: Tensor,
         segment_ids_BT: Tensor | None,
         state: PoolState | None,
-        kernels: Literal["auto", "reference"],
+        kernels: Kernels,
     ) -> tuple[Tensor, PoolState | None]:
         bias_E = self.bias.to(scores_BTE.dtype)
         if self.pooling is None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from graft.memories.memory_bank_config import MemoryBankConfig
-from graft.ops.documents import Documents, begins, find_documents
-from graft.ops.span_mean import span_sums
+from graft.ops.documents import Documents, begins, continued_segments, find_documents, nothing_yet
+from graft.ops.kernels import Kernels
+from graft.ops.span_sums import span_sums
 from graft.shapes import Float
 
 
@@ -65,9 +66,10 @@ class Columns(NamedTuple):
     @classmethod
     def of(cls, documents: Documents, carried: int) -> Columns:
         """Columns of the T positions, ``carried`` before them."""
-        here_BT = (carried + documents.run_BT.new_ones(documents.run_BT.shape).cumsum(1)) - 1
+        B, T = documents.run_BT.shape
+        here_BT = torch.arange(carried, carried + T, device=documents.run_BT.device).expand(B, -1)
         start_BT = torch.where(begins(documents), here_BT, 0).cummax(dim=1).values
-        return cls(here_BT, start_BT, carried + here_BT.shape[1])
+        return cls(here_BT, start_BT, carried + T)
 
 
 class Pooling(ABC):
@@ -91,15 +93,14 @@ class Pooling(ABC):
         segment_ids_BT: Tensor | None,
         state: PoolState | None,
         *,
-        kernels: Literal["auto", "reference"] = "auto",
+        kernels: Kernels = "auto",
     ) -> tuple[Tensor, Tensor, PoolState | None]:
         """Means [B, T, E], how many positions each is of [B, T] (0: the mean is 0), and the state after the row."""
         B, T, E = scores_BTE.shape
         going_on = state is not None
         if state is None:
             state = self.empty_state(B, E, device=scores_BTE.device, dtype=scores_BTE.dtype)
-        if segment_ids_BT is None:
-            segment_ids_BT = state.segment_B.clamp_min(1)[:, None].expand(-1, T)
+        segment_ids_BT = continued_segments(segment_ids_BT, state.segment_B, T)
         documents = find_documents(segment_ids_BT, state.segment_B, state.length_B)
         spans = self.spans(documents, Columns.of(documents, self.carried))
         counts_BT1 = spans.counted_BT[..., None].to(scores_BTE.dtype)
@@ -119,7 +120,7 @@ class Pooling(ABC):
     def empty_state(self, batch_size: int, num_scores: int, *, device: torch.device, dtype: torch.dtype) -> PoolState:
         """The state before the first position."""
         wide = torch.promote_types(dtype, torch.float32)
-        nothing_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        nothing_B = nothing_yet(batch_size, device)
         sums_BJE = torch.zeros(batch_size, self.carried, num_scores, dtype=wide, device=device)
         return PoolState(sums_BJE, torch.zeros_like(sums_BJE[..., 0]), nothing_B, nothing_B.clone())
 

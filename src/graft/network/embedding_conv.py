@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +9,7 @@ from graft.config.ends import EmbeddingConvConfig
 from graft.config.roles import Role
 from graft.initialization import Rng, normal_
 from graft.ops.full_conv import causal_full_conv, centred_full_conv
+from graft.ops.kernels import Kernels
 from graft.ops.short_conv import ConvState, empty_conv_state
 from graft.shapes import Float, Int
 from graft.token_mixers.short_conv import ShortConv
@@ -56,7 +55,7 @@ class FullConv(nn.Module):
         segment_ids_BT: Int[Tensor, "B T"] | None = None,
         state: ConvState | None = None,
         *,
-        kernels: Literal["auto", "reference"] = "auto",
+        kernels: Kernels = "auto",
     ) -> tuple[Tensor, ConvState | None]:
         """The convolution [B, T, R] and the state after the last position (None without one before)."""
         if self.causal:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from graft.network.block import Block, BlockOutput
+from graft.ops.kernels import Kernels
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Execution:
     compile: bool = False
     compile_decode: bool = False
     activation_checkpointing: Literal["none", "block"] = "none"
-    kernels: Literal["auto", "reference"] = "auto"
+    kernels: Kernels = "auto"
     loss_chunk_bytes: int = 256 * 2**20
 
 

@@ -13,12 +13,9 @@ from graft.ops.attention_folded import folded_attention
 from graft.ops.attention_mask import Scoring, Visibility
 from graft.ops.attention_reference import reference_attention
 from graft.ops.autocast import full_precision, matmul_operand
-from graft.ops.kernels import Kernel
+from graft.ops.kernels import Kernel, Kernels
 from graft.ops.outside_graphs import outside_graphs
 from graft.shapes import Float
-
-Kernels = Literal["auto", "reference"]
-"""``runtime.kernels``: the fastest kernel that fits, or the plain definition."""
 
 Form = Literal["reference", "folded", "banded", "sdpa"]
 """How `attention` is computed: by the definition, as one block, block by block, or by PyTorch's fused kernel."""

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from graft.ops.attention import Kernels, attention
+from graft.ops.attention import attention
 from graft.ops.attention_mask import Scoring, Visibility
+from graft.ops.kernels import Kernels
 from graft.shapes import Float, Int
 
 BLOCKS_PER_CHAPTER = 4

@@ -10,7 +10,7 @@ X chunks of C positions.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor
 from graft.ops.bidirectional import bidirectional_sum, own_values
 from graft.ops.decay_attention_reference import recurrent_decay_attention
 from graft.ops.documents import Documents, padded_documents
+from graft.ops.kernels import Kernels
 
 
 def decay_attention(
@@ -30,7 +31,7 @@ def decay_attention(
     documents: Documents | None = None,
     state_BNHF: Tensor | None = None,
     chunk_size: int = 64,
-    kernels: Literal["auto", "reference"] = "auto",
+    kernels: Kernels = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The outputs of all positions, and the state after the last.
 
@@ -65,7 +66,7 @@ def bidirectional_decay_attention(
     *,
     segment_ids_BT: Tensor | None = None,
     chunk_size: int = 64,
-    kernels: Literal["auto", "reference"] = "auto",
+    kernels: Kernels = "auto",
 ) -> Tensor:
     """`decay_attention` in both directions (`bidirectional_sum`), each position's own term counted once: [B, T, N, F].
 
@@ -185,11 +186,10 @@ def _scan(added: Tensor, across: Tensor, state: Tensor) -> tuple[Tensor, Tensor]
 def _decays(log_decay_BTN: Tensor, num_positions: int, size: int, documents: Documents | None) -> _Decays:
     """The factors of every chunk. Padding fades nothing, nothing passes from one document to the next."""
     extra = -num_positions % size
-    if documents is not None:
+    if documents is not None or extra:
         log_decay_BTN = F.pad(log_decay_BTN.expand(-1, num_positions, -1), (0, 0, 0, extra))
-        log_decay_BTN = log_decay_BTN.masked_fill(~documents.real_BT[..., None], 0.0)
-    elif extra:
-        log_decay_BTN = F.pad(log_decay_BTN.expand(-1, num_positions, -1), (0, 0, 0, extra))
+        if documents is not None:
+            log_decay_BTN = log_decay_BTN.masked_fill(~documents.real_BT[..., None], 0.0)
     elif log_decay_BTN.shape[1] == 1:
         log_decay_BTN = log_decay_BTN.expand(-1, size, -1)  # every chunk is alike
     sums_BXNC = log_decay_BTN.unflatten(1, (-1, size)).mT.cumsum(-1)

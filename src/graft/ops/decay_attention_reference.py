@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graft.ops.documents import Documents
+from graft.ops.documents import Documents, forgetting
 
 
 def recurrent_decay_attention(
@@ -26,12 +26,9 @@ def recurrent_decay_attention(
     wide = torch.promote_types(v_BTNF.dtype, torch.float32)
     heads = N // q_BTKH.shape[2]
     q_BTNH, k_BTNH = (x.to(wide).repeat_interleave(heads, dim=2) for x in (q_BTKH, k_BTKH))
-    decay_BTN = log_decay_BTN.to(wide).exp().expand(B, T, N)
+    decay_BTN = forgetting(log_decay_BTN.to(wide).expand(B, T, N), documents).exp()
     if documents is not None:
         k_BTNH = k_BTNH.masked_fill(~documents.real_BT[..., None, None], 0.0)
-        decay_BTN = decay_BTN.masked_fill(~documents.real_BT[..., None], 1.0)
-        run_BT = torch.cat((torch.zeros_like(documents.run_BT[:, :1]), documents.run_BT), dim=1)
-        decay_BTN = decay_BTN.masked_fill((run_BT[:, 1:] != run_BT[:, :-1])[..., None], 0.0)
     S_BNHF = q_BTNH.new_zeros(B, N, q_BTNH.shape[-1], F) if state_BNHF is None else state_BNHF.to(wide)
     outputs: list[Tensor] = []
     for t in range(T):

@@ -11,7 +11,7 @@ backward pass it keeps one number per hidden unit and reads the rows again; a ta
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from graft.ops.autocast import full_precision
+from graft.ops.kernels import Kernels
 from graft.ops.outside_graphs import outside_graphs
 from graft.ops.row_gradients import RowGroups, group_rows, rows_only, sums_by_row, wants_rows
 
@@ -37,7 +38,7 @@ def expert_rows(
     gates_RK: Tensor,
     activation: Activation,
     *,
-    kernels: Literal["auto", "reference"] = "auto",
+    kernels: Kernels = "auto",
 ) -> Tensor:
     """[R, D]: what the chosen experts say.
 
@@ -125,13 +126,9 @@ def unit_rows(ids_RK: Tensor, units: int) -> Tensor:
     return (ids_RK[..., None] * units + torch.arange(units, device=ids_RK.device)).flatten(1)
 
 
+@torch.library.custom_op("graft::dot_rows", mutates_args=())
 def dot_rows(table_MD: Tensor, x_RD: Tensor, ids_RJ: Tensor) -> Tensor:
     """[R, J]: ``table[ids[r, j]] · x[r]``."""
-    return _dot_rows(table_MD, x_RD, ids_RJ)
-
-
-@torch.library.custom_op("graft::dot_rows", mutates_args=())
-def _dot_rows(table_MD: Tensor, x_RD: Tensor, ids_RJ: Tensor) -> Tensor:
     out_RJ = x_RD.new_empty(ids_RJ.shape)
     held = READ_BYTES_CPU if x_RD.device.type == "cpu" else READ_BYTES
     step = max(1, held // (ids_RJ.shape[1] * table_MD.shape[1] * table_MD.element_size()))
@@ -142,7 +139,7 @@ def _dot_rows(table_MD: Tensor, x_RD: Tensor, ids_RJ: Tensor) -> Tensor:
     return out_RJ
 
 
-@_dot_rows.register_fake
+@dot_rows.register_fake
 def _(table_MD: Tensor, x_RD: Tensor, ids_RJ: Tensor) -> Tensor:  # noqa: ARG001
     return x_RD.new_empty(ids_RJ.shape)
 

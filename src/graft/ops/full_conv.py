@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graft.ops.kernels import Kernels
 from graft.ops.short_conv import ConvState, behind_state
 from graft.shapes import Float, Int
 
@@ -19,7 +18,7 @@ def causal_full_conv(
     segment_ids_BT: Int[Tensor, "B T"] | None = None,
     state: ConvState | None = None,
     *,
-    kernels: Literal["auto", "reference"] = "auto",
+    kernels: Kernels = "auto",
 ) -> tuple[Float[Tensor, "B T O"], ConvState | None]:
     """``y[t] = bias + Σ_k weight[:, :, k] x[t − K + 1 + k]`` over the inputs of position t's own document.
 
@@ -49,7 +48,7 @@ def centred_full_conv(
     bias_O: Float[Tensor, " O"] | None = None,
     segment_ids_BT: Int[Tensor, "B T"] | None = None,
     *,
-    kernels: Literal["auto", "reference"] = "auto",
+    kernels: Kernels = "auto",
 ) -> Float[Tensor, "B T O"]:
     """As `causal_full_conv`, looking as far ahead as back: matrix K // 2 belongs to the position itself."""
     form = reference_full_conv if kernels == "reference" else windowed_full_conv

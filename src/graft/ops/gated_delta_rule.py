@@ -12,13 +12,12 @@ are at most 0, never of differences, so that a logarithm of −∞ forgets every
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from graft.ops.autocast import full_precision
+from graft.ops.kernels import Kernels
 from graft.shapes import Float
 
 CHUNK = 64
@@ -33,7 +32,7 @@ def gated_delta_rule(
     beta_BTN: Float[Tensor, "B T N"],
     state_BNHF: Float[Tensor, "B N H F"] | None = None,
     *,
-    kernels: Literal["auto", "reference"] = "auto",
+    kernels: Kernels = "auto",
 ) -> tuple[Float[Tensor, "B T N F"], Float[Tensor, "B N H F"]]:
     """The outputs of all positions, and the memory after the last.
 

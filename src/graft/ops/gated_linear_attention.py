@@ -10,13 +10,14 @@ so that nothing overflows and strong decays lose nothing; a logarithm of −∞ 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from graft.ops.autocast import full_precision
+from graft.ops.kernels import Kernels
 from graft.ops.outside_graphs import outside_graphs
 from graft.shapes import Float
 
@@ -31,7 +32,7 @@ def gated_linear_attention(
     log_decay_BTNH: Float[Tensor, "B T N H"],
     state_BNHF: Float[Tensor, "B N H F"] | None = None,
     *,
-    kernels: Literal["auto", "reference"] = "auto",
+    kernels: Kernels = "auto",
 ) -> tuple[Float[Tensor, "B T N F"], Float[Tensor, "B N H F"]]:
     """The outputs of all positions, and the memory after the last.
 
@@ -56,7 +57,7 @@ def _attend(
     v_BTNF: Tensor,
     log_decay_BTNH: Tensor,
     state_BNHF: Tensor | None,
-    kernels: Literal["auto", "reference"],
+    kernels: Kernels,
 ) -> tuple[Tensor, Tensor]:
     """`gated_linear_attention`, outside of compiled graphs."""
     wide = torch.promote_types(v_BTNF.dtype, torch.float32)

@@ -6,13 +6,14 @@ many each owns is data; the shapes are not, and nothing is cut off at a capacity
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from graft.ops.autocast import matmul_operand
+from graft.ops.kernels import Kernels
 from graft.ops.outside_graphs import outside_graphs
 
 GROUPED_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -22,9 +23,7 @@ GROUPED_ALIGNMENT = 16
 """Bytes that PyTorch's grouped product wants its rows to be a multiple of."""
 
 
-def grouped_linear(
-    x_MD: Tensor, weight_EFD: Tensor, ends_E: Tensor, *, kernels: Literal["auto", "reference"] = "auto"
-) -> Tensor:
+def grouped_linear(x_MD: Tensor, weight_EFD: Tensor, ends_E: Tensor, *, kernels: Kernels = "auto") -> Tensor:
     """``y = W_e x`` for every row, e its expert; [M, F], in autocast's dtype where that is on.
 
     PyTorch's grouped product where it takes the operands, else one batched product over the experts' rows padded to

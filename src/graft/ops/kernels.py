@@ -9,12 +9,15 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from graft.config.registry import resolve
 from graft.errors import ConfigError
+
+Kernels = Literal["auto", "reference"]
+"""How graft's own operations compute: in the fastest form that fits, or by the plain definition."""
 
 GRAFT = "graft"
 """What a part is said to use that uses no kernel from elsewhere."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graft.ops.kernels import Kernels
 from graft.shapes import Float
 
 CHUNK = 16
@@ -19,7 +20,7 @@ def linear_scan(
     x_BTD: Float[Tensor, "B T D"],
     state_BD: Float[Tensor, "B D"] | None = None,
     *,
-    kernels: Literal["auto", "reference"] = "auto",
+    kernels: Kernels = "auto",
 ) -> Float[Tensor, "B T D"]:
     """All ``h_t``; the last is the state after T positions.
 

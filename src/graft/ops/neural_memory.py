@@ -6,12 +6,12 @@ What it computes is said in `graft.ops.neural_memory_chunk`, in plain form in `g
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from graft.ops.documents import Documents
+from graft.ops.kernels import Kernels
 from graft.ops.neural_memory_chunk import Bases, Columns, Memory, Weights, Writing, advance
 from graft.ops.neural_memory_reference import reference_step
 
@@ -19,7 +19,7 @@ ProposeAt = Callable[[Bases, int, int], Writing]
 """What columns [start, end) write, given the weights with which each one's chunk began; asked in order of columns."""
 
 
-def width_of(chunk_size: int, kernels: Literal["auto", "reference"]) -> int:
+def width_of(chunk_size: int, kernels: Kernels) -> int:
     """Columns that `scan` takes at a time.
 
     What is proposed should be taken apart at once with it (``split``): the gradient of a slice is a tensor over all
@@ -37,7 +37,7 @@ def scan(
     length: int,
     chunk_size: int,
     max_surprise: float | None = None,
-    kernels: Literal["auto", "reference"] = "auto",
+    kernels: Kernels = "auto",
 ) -> tuple[Tensor, Memory]:
     """Reads and writes ``length`` columns of a row.
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graft.ops.kernels import Kernels
 from graft.shapes import Int
 
 LARGEST = 2**62
@@ -19,7 +18,7 @@ def suffixes(
     segment_ids_BT: Int[Tensor, "B T"] | None,
     length: int,
     *,
-    kernels: Literal["auto", "reference"] = "auto",
+    kernels: Kernels = "auto",
 ) -> Int[Tensor, "B T N"]:
     """``ids[t − k] + 1`` for k = 0 … length − 1, and 0 where there is none in the document of position t.
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from graft.ops.autocast import full_precision
 from graft.ops.grouped_linear import grouped_linear
+from graft.ops.kernels import Kernels
 from graft.ops.ternary import PER_BYTE, Quantised, int8_rows, unpack_codes
 
 
@@ -20,7 +19,7 @@ def packed_grouped_linear(
     expert_M: Tensor,
     ends_E: Tensor,
     *,
-    kernels: Literal["auto", "reference"] = "auto",
+    kernels: Kernels = "auto",
 ) -> Tensor:
     """``quantised(x) W_eᵀ`` for every row, e its expert; [M, F] in the dtype of x.
 

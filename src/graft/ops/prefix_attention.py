@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 from graft.ops.attention_mask import Visibility, distances
 from graft.ops.attention_reference import faded_products
 from graft.ops.decayed_products import decayed_products
+from graft.ops.kernels import Kernels
 
 
 class Nearness(NamedTuple):
@@ -56,7 +57,7 @@ def prefix_attention(
     scale: float,
     seen_BTS: Tensor,
     nearness: Nearness = ANYWHERE,
-    kernels: Literal["auto", "reference"] = "auto",
+    kernels: Kernels = "auto",
 ) -> Tensor:
     """``softmax([scale·q·k_prefix, scale·q·k − slope·distance]) [v_prefix, v]``: the definition, all pairs at once.
     With rates, channel c of q·k is multiplied by ``e^(−rate_c·distance)``.
@@ -90,9 +91,7 @@ def prefix_attention(
     return (weights.to(v.dtype) @ v).transpose(1, 2)
 
 
-def _near_products(
-    q_BTNH: Tensor, k_BSNH: Tensor, nearness: Nearness, kernels: Literal["auto", "reference"]
-) -> tuple[Tensor, Tensor]:
+def _near_products(q_BTNH: Tensor, k_BSNH: Tensor, nearness: Nearness, kernels: Kernels) -> tuple[Tensor, Tensor]:
     """q·k [B, N, T, S], faded where there are rates; and how far apart the pairs are, [T, S]."""
     T, S = q_BTNH.shape[1], k_BSNH.shape[1] // nearness.copies
     apart_TS = distances(nearness.first_query, 0, T, 0, S, q_BTNH.device).repeat(1, nearness.copies)
@@ -121,7 +120,7 @@ def window_attention(
     segment_ids_BT: Tensor | None,
     nearness: Nearness = ANYWHERE,
     causal: bool = True,
-    kernels: Literal["auto", "reference"] = "auto",
+    kernels: Kernels = "auto",
 ) -> Tensor:
     """`prefix_attention` to the last ``window`` positions of the query's own document, itself included; when not
     causal, to the next ``window`` likewise.

@@ -14,7 +14,7 @@ leaves about k·ln k sums instead of k².
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from graft.ops.autocast import full_precision
+from graft.ops.kernels import Kernels
 from graft.ops.outside_graphs import outside_graphs
 
 
 def product_topk(
-    queries_RAC: Tensor, keys: Sequence[Tensor], k: int, *, kernels: Literal["auto", "reference"] = "auto"
+    queries_RAC: Tensor, keys: Sequence[Tensor], k: int, *, kernels: Kernels = "auto"
 ) -> tuple[Tensor, Tensor]:
     """The k best experts of each query, exactly.
 

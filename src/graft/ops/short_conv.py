@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graft.ops.kernels import Kernels
 from graft.shapes import Float, Int
 
 
@@ -59,7 +60,7 @@ def causal_conv(
     state: ConvState | None = None,
     *,
     dilation: int = 1,
-    kernels: Literal["auto", "reference"] = "auto",
+    kernels: Kernels = "auto",
 ) -> tuple[Float[Tensor, "B T D"], ConvState | None]:
     """``y[t] = bias + Σ_i weight[:, i] ⊙ x[t − (K − 1 − i) · dilation]`` over the inputs of t's own document.
 
@@ -93,7 +94,7 @@ def centred_conv(
     segment_ids_BT: Int[Tensor, "B T"] | None = None,
     *,
     dilation: int = 1,
-    kernels: Literal["auto", "reference"] = "auto",
+    kernels: Kernels = "auto",
 ) -> Float[Tensor, "B T D"]:
     """As `causal_conv`, looking as far ahead as back: tap K // 2 belongs to the position itself."""
     form = reference_conv if kernels == "reference" else shifted_conv

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from graft.ops.attention import FOLDED_BELOW, Kernels
+from graft.ops.attention import FOLDED_BELOW
 from graft.ops.attention_banded import BLOCK, keep_arguments, kept_arguments, pair_flops
 from graft.ops.attention_folded import (
     Block,
@@ -27,6 +27,7 @@ from graft.ops.attention_folded import (
 from graft.ops.attention_mask import Scoring, Visibility
 from graft.ops.autocast import full_precision, matmul_operand
 from graft.ops.decayed_products import decayed_products_backward
+from graft.ops.kernels import Kernels
 from graft.ops.sigmoid_attention_reference import NORMALIZER_EPS, Weighing, reference_sigmoid_attention
 from graft.shapes import Float
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from graft.config.base import Problem, knob
-from graft.optimizers.groups_config import GroupedOptimizerConfig
+from graft.optimizers.groups_config import GroupedOptimizerConfig, beta_problems
 
 
 class AdamWConfig(GroupedOptimizerConfig):
@@ -18,5 +18,4 @@ class AdamWConfig(GroupedOptimizerConfig):
     eps: float = knob(1e-8, "added to the root of the second moment", gt=0.0)
 
     def problems(self) -> Iterator[Problem]:
-        if not all(0.0 <= b < 1.0 for b in self.betas):
-            yield Problem(("betas",), f"betas {self.betas} are not in [0, 1)")
+        yield from beta_problems(self.betas)

@@ -12,6 +12,12 @@ from graft.config.roles import Role
 RowUpdate = Literal["rowwise_adagrad", "rowwise_adam"]
 
 
+def beta_problems(betas: tuple[float, float] | None) -> Iterator[Problem]:
+    """Moment decays with which a moment would never forget, or would grow."""
+    if betas is not None and not all(0.0 <= beta < 1.0 for beta in betas):
+        yield Problem(("betas",), f"betas {betas} are not in [0, 1)", "set both below 1, for example [0.9, 0.95]")
+
+
 class RoleOverride(Config):
     """Settings of the parameters of one role; null = the optimizer's own."""
 
@@ -26,8 +32,7 @@ class RoleOverride(Config):
     )
 
     def problems(self) -> Iterator[Problem]:
-        if self.betas is not None and not all(0.0 <= b < 1.0 for b in self.betas):
-            yield Problem(("betas",), f"betas {self.betas} are not in [0, 1)")
+        yield from beta_problems(self.betas)
         if self.betas is not None and self.update == "rowwise_adagrad":
             yield Problem(("betas",), "betas do nothing here: rowwise_adagrad has none", "remove betas")
 

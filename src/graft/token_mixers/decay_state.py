@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from graft.ops.documents import nothing_yet
+
 
 class DecayState(NamedTuple):
     """The state of `graft.ops.decay_attention`, and the document it belongs to.
@@ -28,5 +30,5 @@ def empty_decay_state(
     """The state before the first position."""
     wide = torch.promote_types(dtype, torch.float32)
     S_BNHF = torch.zeros(batch_size, num_heads, head_dim, value_dim, device=device, dtype=wide)
-    nothing_B = torch.zeros(batch_size, device=device, dtype=torch.int64)
+    nothing_B = nothing_yet(batch_size, device)
     return DecayState(S_BNHF, nothing_B, nothing_B.clone())

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
 from graft.config.roles import Role
 from graft.initialization import Rng, normal_
+from graft.ops.kernels import Kernels
 from graft.ops.short_conv import ConvState, causal_conv, centred_conv, empty_conv_state
 from graft.shapes import Float, Int
 
@@ -61,7 +60,7 @@ class ShortConv(nn.Module):
         segment_ids_BT: Int[Tensor, "B T"] | None = None,
         state: ConvState | None = None,
         *,
-        kernels: Literal["auto", "reference"] = "auto",
+        kernels: Kernels = "auto",
     ) -> tuple[Tensor, ConvState | None]:
         """The convolution [B, T, D] and the state after the last position (None without one before)."""
         dilation = self.dilation

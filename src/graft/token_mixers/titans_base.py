@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graft.linears.joint import joint_linear
 from graft.ops.bidirectional import both_ways, mean_of_ways
-from graft.ops.documents import Documents, documents_of
+from graft.ops.documents import Documents, documents_of, nothing_yet
 from graft.ops.neural_memory_chunk import Memory, Writing
 from graft.ops.outside_graphs import outside_graphs
 from graft.ops.prefix_attention import Nearness, Prefix
@@ -175,7 +175,7 @@ class Titans(Part):
             self.memory.empty_state(batch_size, device=device, dtype=dtype),
             self.empty_near(batch_size, max_len, device=device, dtype=dtype),
             None if conv is None else conv.empty_state(batch_size, device=device, dtype=dtype),
-            *(torch.zeros(batch_size, dtype=torch.int64, device=device) for _ in range(2)),
+            *(nothing_yet(batch_size, device) for _ in range(2)),
         )
 
     @abstractmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from graft.config.roles import Role
 from graft.initialization import Rng, normal_
 from graft.linears.joint import joint_linear
 from graft.ops.documents import Documents
+from graft.ops.kernels import Kernels
 from graft.ops.neural_memory import scan, width_of
 from graft.ops.neural_memory_chunk import Bases, Memory, Weights, Writing
 from graft.ops.prefix_attention import Prefix
@@ -122,7 +122,7 @@ class NeuralMemory(nn.Module):
         segment_ids_BT: Tensor | None = None,
         conv: ConvState | None = None,
         *,
-        kernels: Literal["auto", "reference"] = "auto",
+        kernels: Kernels = "auto",
     ) -> tuple[Writing, ConvState | None]:
         """Queries, keys, values and gates of x, and the convolution's state after it."""
         qkv = torch.cat(joint_linear(x_BTD, (self.q_proj, self.k_proj, self.v_proj)), dim=-1)
@@ -148,7 +148,7 @@ class NeuralMemory(nn.Module):
         return x * (x.square().sum(-1, keepdim=True) + 1e-12).rsqrt()
 
     def read(
-        self, writing: Writing, memory: Memory, documents: Documents | None, *, kernels: Literal["auto", "reference"]
+        self, writing: Writing, memory: Memory, documents: Documents | None, *, kernels: Kernels
     ) -> tuple[Tensor, Memory]:
         """What all positions read, [B, T, N·H] in fp32 or wider, when what they write is known."""
 
