@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import graft.channel_mixers.mlp as mlp_module
 import graft.token_mixers.attention as attention_module
 import graft.token_mixers.heads as heads_module
 from graft.config.model import ModelConfig
@@ -17,6 +18,7 @@ from graft.contracts import sequence, training
 from graft.contracts.subject import ContractBroken, Subject
 from graft.initialization import generator_for
 from graft.model import Model
+from graft.norms.rms_norm import RMSNorm
 from graft.objectives.causal_lm import CausalLM
 from graft.objectives.causal_lm_config import CausalLMConfig
 from graft.ops.attention_mask import Visibility
@@ -134,6 +136,16 @@ def test_decoding_that_ignores_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "shorter prompt" in broken(sequence.batched_decoding_equals_single, subject())
 
 
+def test_state_that_init_state_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = mlp_module.Mlp.forward
+
+    def keeping(self: Any, x_BTD: Tensor, ctx: Any, state: Any = None) -> PartOutput:
+        return original(self, x_BTD, ctx)._replace(state=x_BTD[:, -1])
+
+    monkeypatch.setattr(mlp_module.Mlp, "forward", keeping)
+    assert "says 0" in broken(sequence.state_is_as_counted, subject())
+
+
 def test_mean_of_means(monkeypatch: pytest.MonkeyPatch) -> None:
     original = CausalLM.loss
 
@@ -180,6 +192,11 @@ def test_start_that_is_not_repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
 def _fresh(counter: list[int] = [0]) -> int:  # noqa: B006 - counts calls
     counter[0] += 1
     return counter[0]
+
+
+def test_start_that_leaves_a_tensor_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RMSNorm, "init_parameters", lambda self, rng: None)
+    assert "weight is not filled" in broken(training.every_tensor_is_started, subject())
 
 
 def test_state_outside_the_state_dict(monkeypatch: pytest.MonkeyPatch) -> None:

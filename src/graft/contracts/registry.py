@@ -15,6 +15,7 @@ CAUSAL: tuple[Contract, ...] = (
     sequence.looks_back,
     sequence.decoding_equals_forward,
     sequence.batched_decoding_equals_single,
+    sequence.state_is_as_counted,
 )
 """Hold for decoders."""
 
@@ -30,6 +31,7 @@ ALWAYS: tuple[Contract, ...] = (
     training.kernels_agree,
     training.finite_in_bf16,
     training.same_seed_same_numbers,
+    training.every_tensor_is_started,
     training.state_dict_round_trip,
     training.config_round_trip,
     training.counted_equals_built,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from graft.config.families import TokenMixerConfig
 from graft.contracts.subject import TOLERANCE, ContractBroken, Subject, assert_close
+from graft.part import tensors_of
 
 SEEN = 1e-13
 """Smallest effect, relative to the largest logit, that counts as being seen: above rounding, far below `TOLERANCE`,
@@ -126,3 +127,22 @@ def batched_decoding_equals_single(subject: Subject) -> None:
         rows[1].append(logits[1])
     assert_close(torch.cat(rows[0]), subject.model(ids[:1, : short + steps])[0], "the shorter prompt of a batch")
     assert_close(torch.cat(rows[1]), subject.model(ids[1:, : long + steps])[0], "the longer prompt of a batch")
+
+
+@torch.no_grad()
+def state_is_as_counted(subject: Subject) -> None:
+    """What parts carry while decoding has the bytes they say (`Part.state_bytes`)."""
+    model, length = subject.model, subject.seq_len
+    state = model.init_state(1, length)
+    for chunk in subject.tokens(1).split([length - 1, 1], dim=1):
+        _, state = model.decode(chunk, state)
+    for states in state.branches:
+        for layer, block in enumerate(model.blocks()):
+            for name, branch in block.branches():
+                carried = sum(t.numel() * t.element_size() for t in tensors_of(states[layer][name]))
+                counted = branch.part.state_bytes(length, torch.float64)
+                if carried != counted:
+                    raise ContractBroken(
+                        f"layers.{layer}.{name} carries {carried} bytes and says {counted}; init_state must return a "
+                        "state of the form that forward returns"
+                    )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from graft.contracts.subject import ContractBroken, Subject, assert_close
 from graft.data.batch import IGNORED_TARGET, Batch
-from graft.initialization import generator_for
+from graft.initialization import generator_for, initialize
 from graft.model import Model, build_model
 from graft.objectives.base import plain_cross_entropy
 
@@ -121,6 +121,23 @@ def same_seed_same_numbers(subject: Subject) -> None:
     random = [n for n, t in first.items() if t.numel() > 1 and t.float().std() > 0]
     if random and all(torch.equal(first[n], other[n]) for n in random):
         raise ContractBroken("another seed gives the same parameters")
+
+
+@torch.no_grad()
+def every_tensor_is_started(subject: Subject) -> None:
+    """Every parameter and buffer is filled at the start, whatever the memory held before."""
+    size = subject.config.vocab_size or subject.vocab_size
+    started: list[dict[str, Tensor]] = []
+    for held in (0, 1):
+        model = build_model(subject.config, size, seed=subject.seed, device="meta").to_empty(device="cpu")
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        for tensor in tensors.values():
+            tensor.fill_(held)
+        initialize(model, subject.seed)
+        started.append(tensors)
+    for name, tensor in started[0].items():
+        if not torch.equal(tensor, started[1][name]):
+            raise ContractBroken(f"{name} is not filled: init_parameters of the module that owns it leaves it out")
 
 
 def _states(subject: Subject, seed: int) -> dict[str, Tensor]:
