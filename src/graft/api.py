@@ -91,13 +91,15 @@ def train(
         stream: where a person reads; None = stderr.
 
     Returns:
-        The finished run: ``run.model``, ``run.step``, ``run.best_loss``, ``run.last_evaluation``; ``run.marks`` says
-        what is true of every number (``leaks_future``).
+        The finished run: ``run.model`` (an ordinary module, in training mode, whose gradients are dense from now on),
+        ``run.step``, ``run.best_loss``, ``run.last_evaluation``; ``run.marks`` says what is true of every number
+        (``leaks_future``).
 
     Raises:
         Preempted, Interrupted, DivergedError, ResourceError, DataError, CheckpointError, ConfigError.
     """
     from graft.config.advice import warnings
+    from graft.ops.row_gradients import mark_rows
     from graft.training.resume import parse_resume
     from graft.training.session import Options, train_run
 
@@ -111,7 +113,10 @@ def train(
         stream=stream,
         finish=_report,
     )
-    return train_run(experiment, options)
+    run = train_run(experiment, options)
+    for parameter in run.parameters:
+        mark_rows(parameter, False)  # for any optimizer that the caller may go on with
+    return run
 
 
 def _report(run_dir: Path) -> None:
@@ -154,7 +159,7 @@ def _sampler(experiment: Experiment) -> Callable[[Run], list[str]]:
 
 def generate(
     model: Model,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
+    prompts: Sequence[str] | Sequence[Sequence[int]] | torch.Tensor,
     *,
     tokenizer: Tokenizer | None = None,
     settings: SamplingSettings | None = None,
@@ -166,7 +171,7 @@ def generate(
 
     Args:
         model: from `build`, a finished run's ``run.model``, or `graft.training.load.load_run`.
-        prompts: texts (each starts a document), or token ids used as they are.
+        prompts: texts (each starts a document), or token ids used as they are: lists, or a tensor with a row for each.
         tokenizer: ``run.prepared.tokenizer``; text, stop strings and ``on_text`` need it, and with it a text ends at
             the end-of-document id. Without it only ids go in and come out.
         settings: how tokens are chosen; None = `SamplingSettings()`, plain sampling.
@@ -182,11 +187,22 @@ def generate(
     from graft.generation.sampling import SamplingSettings
 
     settings = settings or SamplingSettings()
+    listed = _listed(prompts)
     if tokenizer is not None:
         return text.generate_text(
-            model, tokenizer, prompts, settings=settings, max_new_tokens=max_new_tokens, stop=stop, on_text=on_text
+            model, tokenizer, listed, settings=settings, max_new_tokens=max_new_tokens, stop=stop, on_text=on_text
         )
-    ids = [prompt for prompt in prompts if not isinstance(prompt, str)]
-    if len(ids) < len(prompts) or stop or on_text is not None:
+    ids = [prompt for prompt in listed if not isinstance(prompt, str)]
+    if len(ids) < len(listed) or stop or on_text is not None:
         raise ConfigError("text needs a tokenizer", where="graft.generate", fix="pass tokenizer=, or prompts of ids")
     return engine.generate(model, ids, settings=settings, max_new_tokens=max_new_tokens)
+
+
+def _listed(prompts: Sequence[str] | Sequence[Sequence[int]] | torch.Tensor) -> list[str | list[int]]:
+    """Texts, or ids as plain lists. Raises ConfigError for one prompt that stands by itself."""
+    from graft.errors import ConfigError
+
+    rows = list(prompts)
+    if isinstance(prompts, str) or any(getattr(row, "ndim", 1) == 0 or isinstance(row, int) for row in rows):
+        raise ConfigError("one prompt by itself", where="graft.generate", fix="give a list of prompts: [prompt]")
+    return [row if isinstance(row, str) else [int(i) for i in row] for row in rows]

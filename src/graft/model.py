@@ -22,7 +22,7 @@ from graft.network.ends import Head, TokenEmbedding, padded_rows
 from graft.network.execution import Execution, allow_kinds_of_layers, compiled
 from graft.network.kernels import give_kernels
 from graft.network.linear_roles import check_linears
-from graft.network.sequence import ModelState, positions_of
+from graft.network.sequence import ModelState, check_ids, positions_of
 from graft.part import Context, CountsUpdates, Part, ReadsTokenizer, SharedModules, Site, add_sums
 from graft.positions.base import TablePosition
 from graft.shapes import Float, Int
@@ -173,6 +173,7 @@ class Model(nn.Module):
         state: ModelState | None = None,
     ) -> Features:
         """The network without its head; arguments as in `forward`. With ``state`` the tokens continue its sequences."""
+        check_ids(input_ids_BT)
         if state is not None:
             segment_ids_BT = state.continue_segments(segment_ids_BT, input_ids_BT.shape[1])
         if positions_BT is None:

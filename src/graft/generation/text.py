@@ -126,7 +126,7 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 def generate_text(
     model: Model,
     tokenizer: Tokenizer,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
+    prompts: Sequence[str | Sequence[int]],
     *,
     settings: SamplingSettings,
     max_new_tokens: int,

@@ -13,6 +13,17 @@ from graft.part import State
 from graft.shapes import Int
 
 
+def check_ids(input_ids: Tensor) -> None:
+    """Raises ConfigError unless it is a batch of token ids."""
+    if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+        raise ConfigError(
+            f"a tensor of shape {tuple(input_ids.shape)} and {str(input_ids.dtype).removeprefix('torch.')}",
+            where="input_ids",
+            expected="token ids [batch, time], int64 or int32",
+            fix="add the batch with ids[None]" if input_ids.dim() == 1 else None,
+        )
+
+
 def positions_in_segments(
     segment_ids_BT: Int[Tensor, "B T"], previous_segment_B: Int[Tensor, " B"], next_position_B: Int[Tensor, " B"]
 ) -> Int[Tensor, "B T"]:
