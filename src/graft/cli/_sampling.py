@@ -94,7 +94,7 @@ def open_run(path: str, *, best: bool, device: str, dtype: str) -> LoadedRun:
     if dtype not in dtypes:
         raise ConfigError(f"'{dtype}' is no dtype", where="--dtype", expected=" or ".join(dtypes))
     which = "best" if best else "newest"
-    return load_run(path, which=which, device=resolve_device(device), dtype=dtypes[dtype])
+    return load_run(path, which=which, device=resolve_device(device, where="--device"), dtype=dtypes[dtype])
 
 
 def leak_notice(run: LoadedRun) -> str | None:

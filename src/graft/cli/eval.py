@@ -23,9 +23,12 @@ def evaluate(
     run: arguments.Run,
     text: Annotated[list[str] | None, typer.Option(help="UTF-8 text file, one document; may be repeated.")] = None,
     validation: Annotated[bool, typer.Option("--validation", help="The run's own held-out documents.")] = False,
-    context: Annotated[int | None, typer.Option(help="Tokens a window reads (default: training length).")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens a window reads (default: training length).", min=1)
+    ] = None,
     stride: Annotated[
-        int | None, typer.Option(help="Tokens a window moves by (default: half the context); smaller = more context.")
+        int | None,
+        typer.Option(help="Tokens a window moves by (default: half the context); smaller = more context.", min=1),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.", min=1)] = 8,
     memory_bits: arguments.MemoryBits = None,

@@ -19,6 +19,7 @@ traceback of every error. Without a terminal, or with ``NO_COLOR`` set, all outp
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import pkgutil
@@ -98,15 +99,37 @@ def _top() -> _Verbs:
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # the message is about that, or about something worse
+        _discard_stdout()
+    with contextlib.suppress(OSError):  # nobody reads errors either: the exit code says it
+        print(f"error: {message}", file=sys.stderr)
     return code
+
+
+def _discard_stdout() -> None:
+    """What is still to be written goes nowhere; Python would try again, and complain, when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
 
 
 def _reader_went_away() -> int:
     """The other end of the pipe (head, less) has seen enough: nothing is wrong, and there is nobody to tell."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+    _discard_stdout()
     return ExitCode.DONE
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """What to say when disk or memory refused something and no place knew better; None for any other error."""
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}; free space, change permissions, or name another place"
+    if "torch" not in sys.modules and not isinstance(error, MemoryError):
+        return None
+    from graft.training.memory import allocation_failed
+
+    problem = allocation_failed(error)
+    return None if problem is None else f"{problem}; ask for less at once, or use a machine with more"
 
 
 def _wrong_usage(error: Any) -> int:
@@ -174,6 +197,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
+        if problem := _of_the_machine(error):
+            return _fail(problem, ExitCode.RESOURCES)
         where = _in_plugin(error) or "a bug in graft"
         return _fail(f"{type(error).__name__}: {error} ({where}; {_keep_traceback(error)})", ExitCode.INTERNAL)
 

@@ -12,7 +12,7 @@ from graft.data.progress import Progress, reporting
 from graft.data.split import SIDES, SplitSource
 from graft.data.store import TokenStore
 from graft.data.tokenizers.base import Tokenizer
-from graft.errors import ConfigError, DataError
+from graft.errors import ConfigError, DataError, ResourceError
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,14 @@ def prepare(experiment: Experiment, *, progress: Progress | None = None) -> Prep
 def prepare_data(data: DataConfig, cache_dir: Path, *, progress: Progress | None = None) -> PreparedData:
     """`prepare` for a data config alone, whatever the length of a row."""
     cache_dir = cache_dir.expanduser()
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(
+            f"the data cache cannot be made: {error.strerror or error}",
+            where=str(cache_dir),
+            fix="set runtime.cache_dir to a folder that can be written",
+        ) from error
     split = SplitSource(data, cache_dir)
     with reporting(progress) as report_progress:
         tokenizer = trained_tokenizer(data.tokenizer, split, cache_dir, data.max_bad_rows, report_progress)

@@ -97,7 +97,16 @@ class RunRecord:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    """A JSON object, empty where there is no file. Raises CheckpointError when it is damaged."""
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        found, why = None, str(error)
+    else:
+        why = "it is no object"
+    if not isinstance(found, dict):
+        raise CheckpointError(f"no JSON can be read: {why}", where=str(path), fix="remove the file, or restore it")
+    return found
 
 
 def comparison(record: RunRecord) -> dict[str, float]:

@@ -55,7 +55,8 @@ def describe(line: Mapping[str, Any], marks: Mapping[str, bool]) -> str:
 
 
 class Console:
-    """Says things to a person and to ``train.log``. A full disk costs the log file one warning, the run nothing.
+    """Says things to a person and to ``train.log``. A full disk costs the log file one warning, the run nothing; nor
+    does a person who stops reading (a closed pipe) or whose output cannot be written: what is said goes to the log.
 
     Args:
         log_file: file that keeps everything said; None = none.
@@ -63,7 +64,7 @@ class Console:
     """
 
     def __init__(self, log_file: Path | None = None, stream: TextIO | None = None):
-        self._stream = stream or sys.stderr
+        self._stream: TextIO | None = stream or sys.stderr
         self._log_file = log_file
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -72,8 +73,12 @@ class Console:
         """Prints a line (above the progress bar, if there is one) and keeps it in the log."""
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=self._stream, flush=True)
+        elif self._stream is not None:
+            try:
+                print(text, file=self._stream, flush=True)
+            except OSError as error:
+                self._stream = None
+                self._keep(f"warning: nobody can read along any more ({error.strerror or error})")
         self._keep(text)
 
     def warn(self, text: str) -> None:
@@ -106,7 +111,7 @@ class Console:
 
     def start_progress(self, step: int, total: int) -> None:
         """Opens the progress bar if the stream is a terminal."""
-        if not self._stream.isatty():
+        if self._stream is None or not self._stream.isatty():
             return
         from rich.console import Console as RichConsole
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

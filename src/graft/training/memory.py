@@ -17,8 +17,8 @@ def smaller_micro_batch(experiment: Experiment) -> int | None:
     return next(divisors, None)
 
 
-def out_of_memory(error: BaseException, experiment: Experiment) -> ResourceError | None:
-    """The error to show if ``error`` says that an allocation failed, else None.
+def allocation_failed(error: BaseException) -> str | None:
+    """What to say if ``error`` says that an allocation failed, else None.
 
     PyTorch raises `torch.OutOfMemoryError` on a GPU and a plain RuntimeError ("DefaultCPUAllocator: …") on a CPU.
     """
@@ -26,7 +26,14 @@ def out_of_memory(error: BaseException, experiment: Experiment) -> ResourceError
     if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "DefaultCPUAllocator" not in text:
         return None
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
-    tried = f" when {asked[1]} more were asked for" if asked else ""
+    return "out of memory" + (f" when {asked[1]} more were asked for" if asked else "")
+
+
+def out_of_memory(error: BaseException, experiment: Experiment) -> ResourceError | None:
+    """The error to show if ``error`` says that an allocation failed while training, else None."""
+    problem = allocation_failed(error)
+    if problem is None:
+        return None
     smaller = smaller_micro_batch(experiment)
     fix = (
         f"set training.micro_batch_size: {smaller} (the global batch stays as it is)"
@@ -36,8 +43,7 @@ def out_of_memory(error: BaseException, experiment: Experiment) -> ResourceError
     if experiment.runtime.activation_checkpointing == "none":
         fix += ", or runtime.activation_checkpointing: block"
     return ResourceError(
-        f"out of memory{tried}, with micro-batches of {experiment.micro_batch_size} sequences of "
-        f"{experiment.data.seq_len} tokens",
+        f"{problem}, with micro-batches of {experiment.micro_batch_size} sequences of {experiment.data.seq_len} tokens",
         where="training.micro_batch_size",
         fix=f"{fix}; 'graft check' shows where memory goes",
     )

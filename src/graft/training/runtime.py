@@ -137,14 +137,17 @@ def _set_determinism(enabled: bool, *, warn_only: bool = False) -> None:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device of ``runtime.device``: auto takes the first of cuda, mps, cpu that works.
+def resolve_device(name: str, *, where: str = "runtime.device") -> torch.device:
+    """The device of a name: auto takes the first of cuda, mps, cpu that works.
+
+    Args:
+        name: auto, cpu, cuda, cuda:N or mps.
+        where: what gave the name, for messages.
 
     Raises:
         ConfigError: no such kind of device.
         ResourceError: it is not here.
     """
-    where = "runtime.device"
     mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -153,7 +156,7 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError(f"'{name}' is no device", where=where, expected="auto, cpu, cuda, cuda:N or mps")
     kind, index = match.groups()
     if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not mps):
-        raise ResourceError(f"this machine or this PyTorch has no {kind}", where=where, fix="set runtime.device: auto")
+        raise ResourceError(f"this machine or this PyTorch has no {kind}", where=where, fix=f"set {where} to auto")
     if kind != "cuda":
         return torch.device(kind)
     number, count = int(index) if index else torch.cuda.current_device(), torch.cuda.device_count()
