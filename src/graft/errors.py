@@ -20,7 +20,6 @@ class ExitCode(IntEnum):
     CHECKPOINT = 4
     DIVERGED = 5
     RESOURCES = 6
-    DISTRIBUTED = 7
     PREEMPTED = 75
     INTERRUPTED = 130
 

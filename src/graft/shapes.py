@@ -26,8 +26,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-LETTERS = "BTSDNKGHFVEMRPC"
-
 if TYPE_CHECKING:
     from typing import Annotated as Bool
     from typing import Annotated as Float
@@ -50,4 +48,4 @@ else:
         """Integers of any width."""
 
 
-__all__ = ["LETTERS", "Bool", "Float", "Int"]
+__all__ = ["Bool", "Float", "Int"]

@@ -202,7 +202,7 @@ def test_a_damaged_file_is_named_and_the_older_checkpoint_used(store, heard, cap
     DAMAGE[damage](bad / file)
     assert [c.step for c in store.list_valid()] == [10]
     assert store.latest() == store.folder / "step-00000010"
-    (problem,) = store.verify(bad)
+    (problem,) = verify_checkpoint(bad)
     assert problem.startswith(file)
 
     assert_holds(store.load(), 10)

@@ -5,7 +5,6 @@ Source: Keller Jordan et al., "Muon: An optimizer for hidden layers in neural ne
 value s of X becomes ``as + bs³ + cs⁵``, which pushes all of (0, 1] into a band around 1 within five steps.
 Deviations: the norm is taken in the input's precision (fp32 for fp32 gradients), before rounding to ``dtype``, and of
 entries scaled to at most 1, so that neither tiny nor huge gradients under- or overflow; a zero matrix gives zeros.
-Errors: none of its own.
 """
 
 from __future__ import annotations

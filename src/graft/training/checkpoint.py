@@ -113,7 +113,7 @@ class CheckpointStore:
             step: training step, counted from 1; the folder's name.
             tensors: file stem -> named tensors. Each must be given once (tied weights under one name).
             documents: file stem -> JSON object (finite numbers only; see `graft.training.state.flatten_state`).
-            metadata: goes into the manifest: config hash, data fingerprint, versions, world size, threads.
+            metadata: goes into the manifest: config hash, data fingerprint, versions, threads.
             score: held-out loss, lower is better; None or a non-finite one never makes a checkpoint the best.
 
         Returns:
@@ -216,10 +216,6 @@ class CheckpointStore:
         """The valid checkpoint with the lowest score, the newest of equals; None when none has a score."""
         ranked = _by_score(self.list_valid())
         return ranked[0].path if ranked else None
-
-    def verify(self, path: Path) -> list[str]:
-        """Everything wrong with a checkpoint folder; empty when it can be loaded."""
-        return verify_checkpoint(path)
 
     # ---------------------------------------------------------------- keeping order
 

@@ -35,6 +35,6 @@ def evaluate(run: Run) -> dict[str, float | None]:
     with evaluating(run.model):
         for batch in validation_batches(run.prepared, run.experiment):
             terms = run.loss(batch.to(run.device))
-            totals.merge(Totals(batch.num_targets, batch.num_bytes, batch.num_positions, {}))
+            totals.merge(Totals.of([batch]))
             totals.add(terms.metrics)
     return {**totals.means(), "num_targets": totals.num_targets}

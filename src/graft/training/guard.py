@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from graft.config.experiment import GuardConfig
 from graft.data.batch import Batch
 from graft.training.gradients import gradient_values
 from graft.training.totals import Totals
+
+if TYPE_CHECKING:
+    from graft.training.run import Run  # which has a guard
 
 
 class Verdict(Enum):
@@ -122,14 +125,14 @@ def _outputs_watched(model: nn.Module, found: list[str]) -> Iterator[None]:
             handle.remove()
 
 
-def first_non_finite(run: Any, batches: Sequence[Batch]) -> str:
+def first_non_finite(run: Run, batches: Sequence[Batch]) -> str:
     """Which module went wrong first when ``batches`` are computed once more, in words.
 
     A module is named when its output holds a NaN or an infinity, children before parents; a fault of the backward
     pass alone is named by the parameters whose gradients show it. Gradients are left empty.
 
     Args:
-        run: the `graft.training.run.Run`; only its model, its loss and its gradients are used.
+        run: only its model, its loss and its gradients are used.
         batches: the micro-batches of the step.
     """
     run.model.set_runtime(compile=False)  # compiled layers call no hooks

@@ -37,13 +37,12 @@ class JsonLines:
 
     def __init__(self, path: Path):
         self.path = path
-        self.lost_lines = 0
         self._descriptor: int | None = None
         self._warned = False
         try:
             _cut_torn_line(path)
         except OSError as error:
-            self._warn(error)
+            self.warn(error)
 
     def append(self, record: Mapping[str, Any], step: int | None = None) -> bool:
         """Writes one line through to the operating system; False when the disk refused it.
@@ -56,8 +55,7 @@ class JsonLines:
             fault_point("log.append", step)
             self._write(line)
         except OSError as error:
-            self.lost_lines += 1
-            self._warn(error)
+            self.warn(error)
             return False
         return True
 
@@ -67,7 +65,7 @@ class JsonLines:
             try:
                 os.fsync(self._descriptor)
             except OSError as error:
-                self._warn(error)
+                self.warn(error)
 
     def close(self) -> None:
         """Closes the file; `append` would open it again."""
@@ -101,7 +99,8 @@ class JsonLines:
         except FileNotFoundError:
             return False
 
-    def _warn(self, error: OSError) -> None:
+    def warn(self, error: OSError) -> None:
+        """Says once that the disk refuses lines."""
         if not self._warned:
             self._warned = True
             logger.warning("%s cannot be written (%s); the run goes on without", self.path, error.strerror or error)
@@ -143,7 +142,7 @@ class MetricsLog:
         try:
             return _drop_after(self.path, step)
         except OSError as error:
-            self._lines._warn(error)
+            self._lines.warn(error)
             return 0
 
     def sync(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +43,6 @@ def checkpoint_metadata(run: Run) -> dict[str, Any]:
         "config_hash": semantic_hash(run.experiment),
         "data_fingerprint": run.prepared.fingerprint,
         "device": run.device.type,
-        "world_size": 1,
     }
 
 
@@ -143,9 +141,9 @@ class Checkpoints:
         """There is a checkpoint that can be loaded."""
         return self._store.latest() is not None
 
-    def restore(self, run: Run, which: Path | None = None) -> None:
-        """Puts a checkpoint's state into ``run``: the newest valid one of this run, or the one named."""
-        loaded = self._store.load(which if which is not None else "auto")
+    def restore(self, run: Run) -> None:
+        """Puts the newest valid checkpoint's state into ``run``."""
+        loaded = self._store.load()
         assert loaded is not None, "the caller checked that there is a checkpoint"
         run.load_state_dict(unpack(loaded))
-        self._saved_step = run.step if which is None else None
+        self._saved_step = run.step

@@ -15,20 +15,15 @@ class StopRequest:
 
     A second signal raises KeyboardInterrupt wherever the program is (not an `Exception`, so nothing that guards
     against ordinary failures swallows it). An interrupted save leaves the previous checkpoint as it was.
-    Python delivers signals to the main thread only; used in another thread this changes no handler and requests come
-    from `request` alone.
+    Python delivers signals to the main thread only; used in another thread this changes no handler.
 
     Attributes:
-        reason: name of the signal (or the text given to `request`) that asked to stop; None while nobody has.
+        reason: name of the signal that asked to stop; None while none has.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
-
-    def request(self, reason: str) -> None:
-        """Asks the loop to stop after the step it is in."""
-        self.reason = self.reason or reason
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.reason is not None:
