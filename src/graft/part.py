@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from graft.config.families import LinearConfig, NormConfig, PartConfig
 from graft.config.model import InitConfig
 from graft.config.registry import variants
-from graft.config.roles import DENSE_ROLES, Role
+from graft.config.roles import DENSE_ROLES, MATRIX_ROLES, Role
 from graft.data.tokenizers.base import Tokenizer
 from graft.errors import ConfigError
 from graft.linears.dense_config import DenseConfig
@@ -68,6 +68,8 @@ class Site:
         linears: kinds of linear map by role, which win over ``linear``.
         shared: what parts of several layers share, owned by the model.
         vocab_size: token ids there are; None outside a model.
+        matrix_role: role of every hidden matrix (`MATRIX_ROLES`) that `make_linear` makes, for parts inside a part;
+            None = the one it is asked for.
     """
 
     hidden_size: int
@@ -81,6 +83,7 @@ class Site:
     linears: Mapping[Role, LinearConfig] = field(default_factory=dict[Role, LinearConfig])
     shared: SharedModules = field(default_factory=SharedModules)
     vocab_size: int | None = None
+    matrix_role: Role | None = None
 
     def linear_of(self, role: Role) -> LinearConfig:
         """The kind of the linear maps of a role: what ``model.linears`` says, else dense for `DENSE_ROLES`, else the
@@ -117,6 +120,8 @@ class Site:
             init_std: standard deviation of the weight at start, whatever the model's; None = as the model says.
             config: another kind of map; None = the model's.
         """
+        if self.matrix_role is not None and role in MATRIX_ROLES:
+            role = self.matrix_role
         std = self.weight_std(residual_output=residual_output) if init_std is None else init_std
         return (config or self.linear_of(role)).build(in_features, out_features, bias=bias, role=role, init_std=std)
 

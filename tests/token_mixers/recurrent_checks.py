@@ -45,6 +45,14 @@ def decoded(part: Part, x: Tensor, sizes: list[int], segments: Tensor | None = N
     return torch.cat(pieces, dim=1), state
 
 
+def states_around_padding(part: Part) -> tuple[Any, Any]:
+    """The states after four positions of document 3, without and with two of padding behind them."""
+    x = torch.randn(1, 6, 24, dtype=torch.float64)
+    _, before = decoded(part, x[:, :4], [4], torch.tensor([[3, 3, 3, 3]]))
+    _, padded = decoded(part, x, [4, 2], torch.tensor([[3, 3, 3, 3, 0, 0]]))
+    return before, padded
+
+
 def splits(total: int) -> st.SearchStrategy[list[int]]:
     """Lists of positive sizes that add up to ``total``."""
     cuts = st.sets(st.integers(1, total - 1))

@@ -17,6 +17,7 @@ from recurrent_checks import (
     context,
     decoded,
     splits,
+    states_around_padding,
 )
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import RecurrentGemmaConfig
@@ -162,10 +163,7 @@ def test_decoding_equals_forward(sizes, packed):
 
 
 def test_padding_leaves_the_state_of_the_recurrence_as_it_was():
-    built = part()
-    x = torch.randn(1, 6, 24, dtype=torch.float64)
-    _, padded = decoded(built, x, [4, 2], torch.tensor([[3, 3, 3, 3, 0, 0]]))
-    _, before = decoded(built, x[:, :4], [4], torch.tensor([[3, 3, 3, 3]]))
+    before, padded = states_around_padding(part())
     torch.testing.assert_close(padded.h_BF, before.h_BF)
     assert padded.segment_B.tolist() == before.segment_B.tolist() == [3]
 

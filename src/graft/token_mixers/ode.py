@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from graft.config.families import LinearConfig, NormConfig, PartConfig
-from graft.config.roles import MATRIX_ROLES, Role
+from graft.config.families import NormConfig, PartConfig
+from graft.config.roles import Role
 from graft.initialization import Rng
 from graft.ops.runge_kutta import TABLEAUS, increment
 from graft.part import Context, Part, PartOutput, Site, State, add_sums
@@ -19,33 +19,6 @@ from graft.token_mixers.ode_config import OdeConfig
 
 Evaluations = list[list[State]]
 """The state of each part inside, for each evaluation of f."""
-
-
-@dataclass(frozen=True)
-class FieldSite(Site):
-    """The surroundings of a part inside f, whose hidden matrices have the role "ode"."""
-
-    def make_linear(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        role: Role,
-        bias: bool = False,
-        residual_output: bool = False,
-        init_std: float | None = None,
-        config: LinearConfig | None = None,
-    ) -> nn.Module:
-        """See `Site.make_linear`."""
-        return super().make_linear(
-            in_features,
-            out_features,
-            role="ode" if role in MATRIX_ROLES else role,
-            bias=bias,
-            residual_output=residual_output,
-            init_std=init_std,
-            config=config,
-        )
 
 
 class NormedPart(nn.Module):
@@ -95,7 +68,7 @@ class Ode(Part):
         self.config = config
         self.tableau, self.steps = TABLEAUS[config.solver], config.steps
         self.num_evaluations = config.num_evaluations
-        inside = FieldSite(**vars(site))
+        inside = replace(site, matrix_role="ode")
         self.field = nn.ModuleList(NormedPart(part, config.norm, inside) for part in config.parts)
         self.weights = nn.Parameter(torch.empty(len(self.tableau.weights))) if config.learnable_coefficients else None
         self.time_start = nn.Parameter(torch.empty(site.hidden_size)) if config.time_conditioning else None
