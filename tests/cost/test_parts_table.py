@@ -59,7 +59,7 @@ def test_costs_are_those_of_the_layer_built(tag: str) -> None:
     assert cost.parameters == sum(p.numel() for p in branch.part.parameters())
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.features(torch.zeros(1, SEQ_LEN, dtype=torch.long))
-    assert cost.forward_flops_per_token == pytest.approx(counter.get_total_flops() / SEQ_LEN, rel=0.01)
+    assert cost.forward_flops_per_token == pytest.approx(counter.get_total_flops() / SEQ_LEN, rel=1e-9)
     state = model.init_state(1, SEQ_LEN).branches
     assert cost.state_bytes == sum(t.numel() * t.element_size() for t in tensors_of(state))
 

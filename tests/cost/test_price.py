@@ -64,14 +64,14 @@ def flops_of_decoding(model: Model, length: int) -> float:
 def test_flops_equal_those_traced_while_decoding(name: str) -> None:
     config = experiment(attention=VARIANTS[name])
     counted = price(config).flops_per_token
-    assert counted.forward == pytest.approx(flops_of_decoding(built(config), 24), rel=0.01)
+    assert counted.forward == pytest.approx(flops_of_decoding(built(config), 24), rel=1e-9)
     assert counted.backward == 2 * counted.forward
     assert counted.recomputed == 0
 
 
 def test_flops_of_loops_and_padded_vocabularies() -> None:
     config = experiment("model.loops=3", "model.head.pad_vocab_to_multiple_of=64")
-    assert price(config).flops_per_token.forward == pytest.approx(flops_of_decoding(built(config), 24), rel=0.01)
+    assert price(config).flops_per_token.forward == pytest.approx(flops_of_decoding(built(config), 24), rel=1e-9)
 
 
 def test_flops_of_an_encoder_equal_those_traced_in_one_forward() -> None:
@@ -80,7 +80,7 @@ def test_flops_of_an_encoder_equal_those_traced_in_one_forward() -> None:
     model.set_runtime(kernels="reference")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 24, dtype=torch.long))
-    assert forward_flops_per_token(model, 24) == pytest.approx(counter.get_total_flops() / 24, rel=0.01)
+    assert forward_flops_per_token(model, 24) == pytest.approx(counter.get_total_flops() / 24, rel=1e-9)
 
 
 def test_flops_in_closed_form() -> None:

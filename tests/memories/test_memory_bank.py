@@ -297,14 +297,14 @@ def traced(part: MemoryBank, T: int) -> float:
 @pytest.mark.parametrize("form", FORMS)
 def test_flops_equal_those_traced(form: str) -> None:
     part = memory(**FORMS[form])
-    assert part.flops_per_token(7) == pytest.approx(traced(part, 7), rel=0.01)
+    assert part.flops_per_token(7) == pytest.approx(traced(part, 7), rel=1e-9)
 
 
 @pytest.mark.parametrize("T", [1, 7])  # seven positions of two chapters are pairs of their own: nothing is padded
 @pytest.mark.parametrize("fields", [{}, {"num_shared_chapters": 1}, FORMS["factorized"]])
 def test_flops_of_chapters_equal_those_traced(fields: dict[str, Any], T: int) -> None:
     part = memory(**{**CHAPTERS, **fields})
-    assert part.flops_per_token(T) == pytest.approx(traced(part, T), rel=0.01)
+    assert part.flops_per_token(T) == pytest.approx(traced(part, T), rel=1e-9)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -313,7 +313,7 @@ def test_one_position_does_not_map_every_slot(form: str, chapters: dict[str, Any
     """Decoding would else make all keys and values anew for every token."""
     part = memory(**{**FORMS[form], **chapters, "num_slots": 400})
     traced_flops = traced(part, 1)
-    assert part.flops_per_token(1) == pytest.approx(traced_flops, rel=0.01)
+    assert part.flops_per_token(1) == pytest.approx(traced_flops, rel=1e-9)
     width = part.settings.kv_heads * part.head_dim
     every_slot = sum(part.bank.flops(400, linear_flops(m), width) for m in (part.k_proj, part.v_proj))
     assert traced_flops < every_slot
@@ -328,7 +328,7 @@ def test_maps_that_are_more_than_a_matrix_are_applied_to_the_slots() -> None:
     y = part(x, context(x)).y
     part.kernels = "reference"
     torch.testing.assert_close(y, part(x, context(x)).y, rtol=1e-10, atol=1e-11)
-    assert part.flops_per_token(1) == pytest.approx(traced(part, 1), rel=0.01)
+    assert part.flops_per_token(1) == pytest.approx(traced(part, 1), rel=1e-9)
 
 
 def test_active_parameters() -> None:

@@ -106,4 +106,4 @@ def test_low_precision_keeps_its_dtype(weights):
     exact, _ = causal_conv(x, w, b)
     y, _ = causal_conv(x.bfloat16(), w.to(weights), b.to(weights))
     assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), exact, rtol=0.05, atol=0.1)
+    torch.testing.assert_close(y.float(), exact, rtol=2**-6, atol=2**-6)
