@@ -108,6 +108,8 @@ class Rope(TablePosition):
     def encode(self, x_BTNH: Float[Tensor, "B T N H"], tables: Tables) -> Float[Tensor, "B T N H"]:
         """[B, T, N, H] with the first r channels of each head rotated."""
         cos, sin = tables
-        first, second, rest = x_BTNH.tensor_split([self.rotary_dim // 2, self.rotary_dim], dim=-1)
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTNH.dtype)
+        head, rest = x_BTNH.split([self.rotary_dim, x_BTNH.shape[-1] - self.rotary_dim], dim=-1)
+        first, second = head.unflatten(-1, (2, -1)).unbind(-2)  # their gradients are stacked; those of slices, padded
+        turned = (first * cos - second * sin, second * cos + first * sin)
+        turned = torch.stack([half.to(x_BTNH.dtype) for half in turned], dim=-2).flatten(-2)
         return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
