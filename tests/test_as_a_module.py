@@ -88,7 +88,7 @@ def test_other_dtypes(model: Model) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of dynamo's own making
 def test_compiled_as_a_whole(compiling: None, tmp_path: Path) -> None:
-    model = graft.build(tiny(tmp_path, *QUIET))
+    model = graft.build(tiny(tmp_path, *QUIET)).eval()
     torch.testing.assert_close(torch.compile(model)(ids()), model(ids()), rtol=1e-4, atol=1e-5)
 
 
