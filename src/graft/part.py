@@ -171,6 +171,12 @@ class Context:
     tables: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict[str, tuple[Tensor, ...]])
     published: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
+    def real(self) -> Tensor:
+        """[B, T] bool: False on padding."""
+        if self.segment_ids_BT is None:
+            return torch.ones_like(self.token_ids_BT, dtype=torch.bool)
+        return self.segment_ids_BT != 0
+
 
 class PartOutput(NamedTuple):
     """What a part returns.

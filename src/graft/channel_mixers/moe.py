@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from graft.channel_mixers.experts import Experts
@@ -52,8 +51,7 @@ class Moe(Part):
         if self.shared_experts is not None:
             shared_BTD = self.shared_experts(x_BTD, ctx).y
             y_BTD = y_BTD + (shared_BTD if self.shared_gate is None else self.shared_gate(x_BTD).sigmoid() * shared_BTD)
-        segments_BT = ctx.segment_ids_BT
-        real_BT = torch.ones_like(routing.experts[..., 0]).bool() if segments_BT is None else segments_BT != 0
+        real_BT = ctx.real()
         usage = {"experts": count(routing.experts, self.experts.num_experts, real_BT)} if self.training else {}
         return PartOutput(y_BTD, aux=self._losses(routing, real_BT), usage=usage)
 

@@ -136,7 +136,7 @@ class MemoryBank(Part):
             decoding = state is not None
             choice, state = self.router(x_BTD, ctx.segment_ids_BT, state, kernels=self.kernels)
             o_XNH = self._read(q_XNH, choice)
-            real_BT = _real(x_BTD, ctx)
+            real_BT = ctx.real()
             if not decoding:
                 aux = self.router.losses(choice, real_BT)
             if self.training:
@@ -250,10 +250,3 @@ class MemoryBank(Part):
     def _unread(self) -> int:
         """Parameters in the slots that a position does not read (a rounded bank has none)."""
         return 0 if self.bank.bits is not None else (self.settings.slots - self.settings.slots_read) * self.bank.width
-
-
-def _real(x_BTD: Tensor, ctx: Context) -> Tensor:
-    """[B, T] bool: false on padding."""
-    if ctx.segment_ids_BT is None:
-        return torch.ones(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
-    return ctx.segment_ids_BT != 0
