@@ -60,8 +60,8 @@ class Visibility:
     def block(self, start: int, end: int, first: int, last: int, device: torch.device) -> Tensor | None:
         """[1 or B, P, C] bool of queries [start, end) against keys [first, last); None when no rule is on."""
         seen: list[Tensor] = []
-        queries = torch.arange(start + self.offset, end + self.offset, device=device)[None, :, None]
-        ahead = torch.arange(first, last, device=device) - queries
+        queries = torch.arange(start + self.offset, end + self.offset, dtype=torch.int32, device=device)[None, :, None]
+        ahead = torch.arange(first, last, dtype=torch.int32, device=device) - queries
         if self.causal:
             seen.append(ahead <= 0)
         if self.window is not None:
