@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,36 @@ def test_a_run_of_ternary_experts_is_packed_too(tmp_path: Path) -> None:
     ids = torch.randint(256, (2, 16))
     with torch.no_grad():
         torch.testing.assert_close(after.model(ids), before.model(ids), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_packed_experts_are_decoded_compiled(
+    tmp_path: Path, compiling: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The verb with --compile writes what it writes without, and the experts' products are in its graphs."""
+    from graft.ops import packed_experts
+
+    moe = "{type: moe, num_experts: 4, intermediate_size: 16, bias: true}"
+    changes = ("training.max_steps=3", "optimizer.learning_rate=0.3", "model.linear={type: bitlinear}")
+    places = (f"model.blocks.main.1={moe}", "schedule={type: constant}")
+    api.train(tiny(tmp_path, *changes, *places), out=tmp_path / "run", stream=io.StringIO())
+    quantize_run(tmp_path / "run", tmp_path / "packed")
+    eager: list[bool] = []
+    multiply = packed_experts.grouped_linear
+
+    def watched(*arguments: Any, **named: Any) -> torch.Tensor:
+        eager.append(not torch.compiler.is_compiling())
+        return multiply(*arguments, **named)
+
+    def written(*extra: str) -> list[str]:
+        line = ["generate", str(tmp_path / "packed"), "--prompt", "the cat", "--max-new-tokens", "12", "--json"]
+        assert command([*line, *extra]) == 0
+        return [made["text"] for made in json.loads(capsys.readouterr().out)["generations"]]
+
+    plain = written()
+    monkeypatch.setattr(packed_experts, "grouped_linear", watched)
+    assert written("--compile") == plain
+    assert False in eager, "no product of experts was compiled"
 
 
 def test_what_cannot_be_packed(trained: Path, tmp_path: Path) -> None:
