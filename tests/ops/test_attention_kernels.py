@@ -157,6 +157,13 @@ def test_choice_of_form():
     assert chosen(SDPA_FROM, kernels="reference") == "reference"
 
 
+@given(st.integers(1, 5), st.integers(1, 7), st.integers(-3, 9), st.integers(1, 12))
+def test_a_window_is_idle_when_no_pair_is_so_far_apart(num_queries, num_keys, offset, window):
+    away = (torch.arange(num_queries)[:, None] + offset - torch.arange(num_keys)).abs()
+    left = Visibility(False, window, offset).without_idle_window(num_queries, num_keys).window
+    assert left == (window if (away >= window).any() else None)
+
+
 def test_every_choice_gives_the_same_numbers(monkeypatch):
     """The thresholds decide how, never what: with low ones, one small problem goes through each kernel."""
     from graft.ops import attention as module

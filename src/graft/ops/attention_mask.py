@@ -32,8 +32,8 @@ class Visibility:
     key_segments_BS: Tensor | None = None
 
     def without_idle_window(self, num_queries: int, num_keys: int) -> Visibility:
-        """The same without a window that hides nothing."""
-        if self.window is None or self.window < max(num_keys, num_queries + self.offset, num_keys - self.offset):
+        """The same without a window that hides nothing: none of the pairs is so far apart."""
+        if self.window is None or self.window < max(num_queries + self.offset, num_keys - self.offset):
             return self
         return Visibility(self.causal, None, self.offset, self.query_segments_BT, self.key_segments_BS)
 
