@@ -1,4 +1,4 @@
-"""One small preset per token mixer: the default preset with another mixer, and nothing else."""
+"""One small preset per token mixer: the default preset with another mixer, and an mlp that keeps its size."""
 
 from __future__ import annotations
 
@@ -41,6 +41,22 @@ def test_it_is_the_default_preset_with_another_mixer(path: Path) -> None:
     assert rest == default.model.model_dump(exclude={"blocks", "layout"})
     sizes = [build_model(e.model, 2048, seed=0, device="meta").num_parameters() for e in (ours, default)]
     assert 0.85 * sizes[1] <= sizes[0] <= 1.15 * sizes[1]
+
+
+@pytest.mark.parametrize("path", SMALL, ids=lambda p: p.stem)
+def test_its_comment_says_what_differs(path: Path) -> None:
+    """Everything but mixers and layout is the default's, where the comment says so; else the mlp alone is narrower."""
+    channel = [
+        [part.model_dump() for parts in load_experiment(p).model.layers() for part in parts if not is_mixer(part)]
+        for p in (path, DEFAULT)
+    ]
+    comment = path.read_text().partition("base:")[0]
+    assert ("only the token mixer differs" in comment) == (channel[0] == channel[1])
+    if channel[0] != channel[1]:
+        assert "narrower" in comment
+        assert all(
+            ours["intermediate_size"] < theirs["intermediate_size"] for ours, theirs in zip(*channel, strict=True)
+        )
 
 
 @pytest.mark.parametrize("path", SMALL, ids=lambda p: p.stem)
