@@ -1,7 +1,8 @@
 """How fast is a training step of Gemma 3 at 132 million parameters, against Hugging Face's model with the same weights?
 
-Same ids, same clipping. The peer's loops: fp32 with AdamW's defaults; bf16 autocast; bf16 autocast with torch.compile
-and fused AdamW. Each side runs in a process of its own, in turn, because memory allocation is one of the differences.
+Same ids, same clipping, a few steps in a row per turn, as training makes them. The peer's loops: fp32 with AdamW's
+defaults; bf16 autocast; bf16 autocast with torch.compile and fused AdamW. Each side runs in a process of its own, in
+turn, because memory allocation is one of the differences.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from graft.model import build_model
 from graft.training.throughput import flops_per_token
 
 ROWS, SEQ_LEN, VOCAB = 8, 128, 50257
+STEPS = 3
+"""Steps of one turn."""
 PEERS = {
     "transformers bf16, compiled, fused AdamW": {"bf16": True, "compile": True, "adamw": {"fused": True}},
     "transformers bf16": {"bf16": True},
@@ -55,19 +58,29 @@ def measure(names: Sequence[str], rounds: int) -> dict[str, Timed]:
         for name in names
     }
     variants[RATE] = Elsewhere("benchmarks.ours", "peak_rate")
-    timed = interleaved(variants, rounds=rounds, warmup=2)
+    timed = interleaved(variants, rounds=rounds)
     for variant in variants.values():
         variant.close()
-    return timed
+    return {name: each if name == RATE else each.per(STEPS) for name, each in timed.items()}
 
 
-def graft(precision: str) -> Callable[[], float]:
-    """graft's step."""
+def graft(precision: str) -> Callable[[], None]:
+    """graft's steps of one turn."""
     experiment = ours.gemma_132m("runtime.compile=true", f"precision={precision}", rows=ROWS, seq_len=SEQ_LEN)
-    return ours.stepper(ours.trainer(experiment, ours.random_ids(4, ROWS, SEQ_LEN, VOCAB)))
+    return several(ours.stepper(ours.trainer(experiment, ours.random_ids(4, ROWS, SEQ_LEN, VOCAB))))
 
 
-def transformers(name: str) -> Callable[[], float]:
-    """One of the peer's loops."""
+def transformers(name: str) -> Callable[[], None]:
+    """The steps of one turn of one of the peer's loops."""
     theirs = peers.hugging_face_gemma3(build_model(ours.gemma_132m().model, VOCAB, seed=0))
-    return peers.causal_lm_stepper(theirs, ours.random_ids(4, ROWS, SEQ_LEN, VOCAB), **PEERS[name])
+    return several(peers.causal_lm_stepper(theirs, ours.random_ids(4, ROWS, SEQ_LEN, VOCAB), **PEERS[name]))
+
+
+def several(step: Callable[[], float]) -> Callable[[], None]:
+    """`STEPS` of them, one after another."""
+
+    def turn() -> None:
+        for _ in range(STEPS):
+            step()
+
+    return turn

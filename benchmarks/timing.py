@@ -40,6 +40,11 @@ class Timed:
     def fastest(self) -> float:
         return min(self.seconds)
 
+    def per(self, count: int) -> Timed:
+        """Of one, where a call made ``count`` of something."""
+        seconds, cpu_seconds = ([s / count for s in each] for each in (self.seconds, self.cpu_seconds))
+        return Timed(self.name, seconds, cpu_seconds, self.results)
+
 
 class Elsewhere:
     """A variant that lives in a process of its own, with that process's memory allocator and compiler: called, it runs
