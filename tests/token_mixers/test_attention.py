@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -110,7 +111,8 @@ def test_padding_on_the_left_changes_nothing(window):
     torch.testing.assert_close(stepwise[:, 3:], alone)
 
 
-def test_steps_without_segments_after_padded_ones_continue_document_1():
+@pytest.mark.parametrize("steps", [(4, 5, 6), (4, 6)])
+def test_steps_without_segments_after_padded_ones_continue_document_1(steps):
     part = attention_part(sliding_window=4)
     x, segments = torch.randn(1, 6, 24), torch.tensor([[0, 0, 1, 1, 1, 1]])
     positions = torch.tensor([[0, 0, 0, 1, 2, 3]])
@@ -118,8 +120,8 @@ def test_steps_without_segments_after_padded_ones_continue_document_1():
     state = part.init_state(1, 6, device=CPU, dtype=x.dtype)
     out = part(x[:, :4], context(1, 4, segments=segments[:, :4], positions=positions[:, :4]), state)
     outs = [out.y]
-    for t in (4, 5):
-        out = part(x[:, t : t + 1], context(1, 1, positions=positions[:, t : t + 1]), out.state)
+    for start, end in itertools.pairwise(steps):
+        out = part(x[:, start:end], context(1, end - start, positions=positions[:, start:end]), out.state)
         outs.append(out.y)
     torch.testing.assert_close(torch.cat(outs, dim=1), with_all)
 

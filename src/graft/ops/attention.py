@@ -93,6 +93,7 @@ def attention(
     Returns:
         In the dtype of q (autocast's under autocast). A query that sees no key (padding) gives zeros, and no gradient.
     """
+    assert (visibility.query_segments_BT is None) == (visibility.key_segments_BS is None), "segments go together"
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     visibility = visibility.without_idle_window(T, S)
     q_BTNH, k_BSKH, v_BSKH = (matmul_operand(x) for x in (q_BTNH, k_BSKH, v_BSKH))

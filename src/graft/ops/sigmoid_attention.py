@@ -59,6 +59,7 @@ def sigmoid_attention(
         In the dtype of q (autocast's under autocast). A query that sees no key (padding) gives zeros, and no gradient.
     """
     assert scoring.softcap is None, "a sigmoid caps by itself"
+    assert (visibility.query_segments_BT is None) == (visibility.key_segments_BS is None), "segments go together"
     T, S, window = q_BTNH.shape[1], k_BSKH.shape[1], visibility.window
     q_BTNH, k_BSKH, v_BSKH = (matmul_operand(x) for x in (q_BTNH, k_BSKH, v_BSKH))
     with full_precision(q_BTNH.device):
