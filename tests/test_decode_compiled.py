@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
@@ -84,3 +86,22 @@ def test_the_choice_leaves_names_and_training_alone(compiling: None) -> None:
     assert list(made.state_dict()) == names
     assert made.execution.compile_decode
     assert torch.equal(made(ids), before)
+
+
+def test_padded_prompts_are_not_compiled_anew_at_every_length(compiling: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # traces alone
+    attention = {"type": "attention", "num_heads": 2, "position": {"type": "rope"}}
+    config = {"hidden_size": 8, "num_layers": 1, "norm": {"type": "rms_norm"}, "blocks": {"b": [attention]}}
+    made = build_model(ModelConfig.model_validate(config), V, seed=0).eval()
+    ids, segments = torch.randint(V, (2, 4)), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    made.set_runtime(compile_decode=True)
+    counters.clear()
+    graphs: list[int] = []
+    with torch.inference_mode():
+        _, state = made.decode(ids, made.init_state(2, 16), segment_ids_BS=segments)
+        for _ in range(7):
+            _, state = made.decode(ids[:, :1], state, segment_ids_BS=segments[:, -1:])
+            graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[3] == graphs[-1], "the first lengths teach that lengths change"

@@ -94,7 +94,7 @@ def make_block(
     penalties = tuple(
         Penalty(a - first, b - first, amounts)
         for a, b in stretches
-        if a < b and (amounts := _amounts(visibility, scoring, shape, queries, range(a, b), like)) is not None
+        if a < b and (amounts := _amounts(visibility, scoring, shape, (start, end, a, b), like)) is not None
     )
     hidden = None
     if not visibility.sees_something(end, num_keys):
@@ -104,10 +104,13 @@ def make_block(
 
 
 def _amounts(
-    visibility: Visibility, scoring: Scoring, shape: tuple[int, int, int], queries: range, keys: range, like: Tensor
+    visibility: Visibility,
+    scoring: Scoring,
+    shape: tuple[int, int, int],
+    where: tuple[int, int, int, int],  # plain numbers: a range of keys would be compiled anew for every length
+    like: Tensor,
 ) -> Tensor | None:
-    """The penalty of some keys (see `Penalty`); None when they have none."""
-    where = (queries.start, queries.stop, keys.start, keys.stop)
+    """The penalty of some keys (see `Penalty`), ``where`` = first query and end, first key and end; None = none."""
     seen = visibility.block(*where, like.device)
     amounts = None
     if scoring.slopes_N is not None:
