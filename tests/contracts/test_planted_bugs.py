@@ -21,7 +21,7 @@ from graft.model import Model
 from graft.norms.rms_norm import RMSNorm
 from graft.objectives.causal_lm import CausalLM
 from graft.objectives.causal_lm_config import CausalLMConfig
-from graft.ops.attention_mask import Visibility
+from graft.ops.attention_mask import Scoring, Visibility
 from graft.part import PartOutput
 
 Contract = Callable[[Subject], None]
@@ -224,7 +224,7 @@ def test_fast_kernel_with_a_wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None
 
     def planted(*args: Any, **kwargs: Any) -> Tensor:
         if kwargs.get("kernels") != "reference":
-            kwargs["scale"] = kwargs["scale"] * 1.01
+            args = tuple(replace(a, scale=a.scale * 1.01) if isinstance(a, Scoring) else a for a in args)
         return original(*args, **kwargs)
 
     monkeypatch.setattr(attention_module, "attention", planted)
