@@ -113,7 +113,7 @@ class CheckpointStore:
             step: training step, counted from 1; the folder's name.
             tensors: file stem -> named tensors. Each must be given once (tied weights under one name).
             documents: file stem -> JSON object (finite numbers only; see `graft.training.state.flatten_state`).
-            metadata: goes into the manifest: config hash, data fingerprint, versions, threads.
+            metadata: goes into the manifest: config hash, data fingerprint, versions, world size, threads.
             score: held-out loss, lower is better; None or a non-finite one never makes a checkpoint the best.
 
         Returns:

@@ -43,7 +43,7 @@ class Manifest:
         step: training step the checkpoint was taken after.
         score: held-out loss by which the best checkpoint is chosen (lower is better), or None.
         files: every other file of the folder that belongs to the checkpoint.
-        metadata: what the run said about itself (config hash, data fingerprint, versions, threads).
+        metadata: what the run said about itself (config hash, data fingerprint, versions, world size, threads).
     """
 
     step: int

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from graft.config.identity import semantic_hash
@@ -43,6 +44,7 @@ def checkpoint_metadata(run: Run) -> dict[str, Any]:
         "config_hash": semantic_hash(run.experiment),
         "data_fingerprint": run.prepared.fingerprint,
         "device": run.device.type,
+        "world_size": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
     }
 
 
