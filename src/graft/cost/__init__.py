@@ -41,7 +41,7 @@ def known_vocab_size(experiment: Experiment) -> int:
             f"the vocabulary of a '{experiment.data.tokenizer.tag}' tokenizer is known only once it has seen the "
             "training text",
             where="model.vocab_size",
-            fix="set model.vocab_size, or pass the prepared tokenizer's size",
+            fix="set model.vocab_size to the number of ids that `graft data build` prints for this config",
         )
     return size
 
