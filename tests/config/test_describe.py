@@ -39,6 +39,7 @@ def test_a_field_says_everything_about_itself() -> None:
         Second paragraph.
         """
 
+        implementation = "tests.config.test_describe:Nothing"
         type: Literal["described"] = knob("described", "tag")
         rate: float = knob(0.5, "a rate per step", gt=0.0, le=1.0)
         size: int = knob(doc="a size")

@@ -101,6 +101,7 @@ def test_conditions_are_in_the_description_and_equal_class_names_are_kept_apart(
     class MlpConfig(ChannelMixerConfig):  # another class of this name exists
         """Test."""
 
+        implementation = "tests.config.test_schema:Nothing"
         type: Literal["schema_test"] = knob("schema_test", "tag")
         inner: Config | None = knob(None, "something")
         width: int = knob(3, "a width", only_if={"residual_dropout": (0.1, 0.2)})
