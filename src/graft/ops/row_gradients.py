@@ -113,7 +113,8 @@ def coalesce_rows(gradient: Tensor) -> Tensor:
 class LookUpsApart:
     """The rows that look-ups add to a table's gradient, kept apart from the rest of it until `add_up`.
 
-    Autograd would add them, as rows or as a dense tensor, by making a third tensor as large as the table.
+    Autograd would add them, as rows or as a dense tensor, by making a third tensor as large as the table. For one
+    process: whatever reduces gradients among several inside the backward pass does not see these rows.
 
     Args:
         table: read by `look_up` and by other operations.
