@@ -13,7 +13,7 @@ from graft.part import Context, Part, PartOutput, Site, State, linear_flops
 from graft.positions.base import AttentionPosition, tables_for
 from graft.shapes import Float
 from graft.token_mixers.heads_config import HeadsConfig
-from graft.token_mixers.kv_state import KVState, empty_state, extend
+from graft.token_mixers.kv_state import KVState, empty_state, extend, visibility_of
 from graft.token_mixers.value_residual import VALUE_RESIDUAL, ValueResidual
 
 
@@ -94,7 +94,7 @@ class MultiHead(Part):
         window, dtype = self.sliding_window, q_BTNH.dtype
         any_order = all(term is None for term in self.distance_terms(q_BTNH.device))
         keys, state = extend(state, k_BTKH, v_BTKH, segments_BT, window=window, any_order=any_order)
-        return self.attend(q_BTNH, keys.k_BSKH.to(dtype), keys.v_BSKH.to(dtype), keys.visibility(window)), state
+        return self.attend(q_BTNH, keys.k_BSKH.to(dtype), keys.v_BSKH.to(dtype), visibility_of(keys, window)), state
 
     def distance_terms(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """What distance does to scores: slopes [N] and rates [H], see `graft.positions.base.AttentionPosition`."""

@@ -45,10 +45,11 @@ class Keys(NamedTuple):
     offset: int
     all_seen: bool = False
 
-    def visibility(self, window: int | None) -> Visibility:
-        """Which of them the new queries see, with the layer's sliding window; decoding is causal."""
-        segments = (self.query_segments_BT, self.segments_BS)
-        return Visibility(not self.all_seen, None if self.all_seen else window, self.offset, *segments)
+
+def visibility_of(keys: Keys, window: int | None) -> Visibility:
+    """Which of the keys the new queries see, with the layer's sliding window; decoding is causal."""
+    segments = (keys.query_segments_BT, keys.segments_BS)
+    return Visibility(not keys.all_seen, None if keys.all_seen else window, keys.offset, *segments)
 
 
 def empty_state(

@@ -10,7 +10,7 @@ from graft.ops.prefix_attention import prefix_attention, window_attention
 from graft.part import Context, Part, Site, State, linear_flops
 from graft.token_mixers.attention_config import AttentionConfig
 from graft.token_mixers.heads import visible_pairs
-from graft.token_mixers.kv_state import KVState, empty_state, extend
+from graft.token_mixers.kv_state import KVState, empty_state, extend, visibility_of
 from graft.token_mixers.titans_base import Mixed, Titans, TitansState
 from graft.token_mixers.titans_config import TitansConfig
 from graft.token_mixers.titans_context import MemoryAsContext
@@ -36,7 +36,7 @@ class SlidingTitans(Titans):
             return y_BTNH.flatten(-2), None
         keys, near = extend(state.near, k, v, segments_BT, window=window, any_order=False)
         T, S = q.shape[1], keys.k_BSKH.shape[1]
-        seen = keys.visibility(window).block(0, T, 0, S, q.device)
+        seen = visibility_of(keys, window).block(0, T, 0, S, q.device)
         assert seen is not None
         y_BTNH = prefix_attention(
             q, keys.k_BSKH.to(q.dtype), keys.v_BSKH.to(q.dtype), prefix, scale=self.scale, seen_BTS=seen,
