@@ -90,6 +90,14 @@ def test_fast_kernels_in_training_dtypes_at_the_real_block_size(name, dtype, tol
         assert ((a.double() - b).abs().max() / scale) < tolerance
 
 
+@pytest.mark.parametrize("name", FAST)
+def test_whole_blocks_of_queries_may_be_beyond_every_key(name):
+    qkv, visibility = random_qkv(B=1, T=300, S=20), Visibility(True, window=5)
+    expected = values_and_gradients(reference_attention, qkv, visibility, Scoring(0.3))
+    for a, b in zip(values_and_gradients(FAST[name], qkv, visibility, Scoring(0.3)), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("v_head_dim", [8, 5])
 def test_definition_equals_pytorch(v_head_dim):
     q, k, v = random_qkv(T=7, S=7, N=6, K=3, v_head_dim=v_head_dim)

@@ -89,7 +89,8 @@ def make_block(
     stretches = [(first, last)]
     if scoring.slopes_N is None and visibility.query_segments_BT is None:
         common_first, common_last = visibility.common_range(start, end, num_keys)
-        if 2 * (common_last - common_first) >= last - first:  # cutting the scores up and joining them costs, too
+        common = common_last - common_first
+        if common > 0 and 2 * common >= last - first:  # cutting the scores up and joining them costs, too
             stretches = [(first, common_first), (common_last, last)]
     penalties = tuple(
         Penalty(a - first, b - first, amounts)
